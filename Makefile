@@ -1,0 +1,36 @@
+# make train | make test | make check | make slow-test | make clean
+#
+# The environment is .venv. If the interpreter already has torch 2.11 or later, .venv sees the
+# system's packages and pip is held to that torch; else constraints.txt says which torch.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+ARGS ?=
+
+.PHONY: train test slow-test check install clean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt setup_venv.py
+	$(PYTHON) setup_venv.py $(VENV)
+	touch $(STAMP)
+
+train: $(STAMP)
+	$(BIN)/python -m launch.train experiment=gpt_quickstart $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+slow-test: $(STAMP)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) data runs dist

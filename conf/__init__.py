@@ -1,0 +1,1 @@
+"""The configuration tree; a package so that `pkg://conf` works from a wheel."""

@@ -1,0 +1,1 @@
+"""Shards to order to samples to resumable batches; one LightningDataModule per kind of data."""

@@ -1,0 +1,274 @@
+"""A corpus: from a text file, a folder, JSONL or Parquet to tokenized tar shards, once.
+
+What is prepared is named by a hash of the settings and of the content of the sources, so the same
+corpus is never prepared twice and a changed one never taken for the old. An interrupted preparation
+leaves finished units of work behind, and the next one goes on from them.
+"""
+
+import fcntl
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datamodules.index import digest_bytes, write_atomically, write_index
+from datamodules.sources import (
+    STDLIB,
+    Piece,
+    SourceFile,
+    digest_sources,
+    list_files,
+    plan_units,
+    read_documents,
+)
+from datamodules.tokenization import BPE, BYTE, CHAR, build_tokenizer, load_tokenizer
+from datamodules.units import SPLITS, UnitTask, encode_units, merge_units, split_of, token_dtype
+
+FORMAT_VERSION = 1
+TOKENIZER_FILE, FACTS_FILE, UNITS_FOLDER = "tokenizer.json", "dataset.json", "units"
+_DIGEST_CACHE = ".source_digests.json"
+
+BPE_TRAINING_BYTES = 256 * 2**20
+"""Text that a vocabulary is trained on at most, spread evenly over the corpus: more changes few
+merges, and the trainer holds its words in memory."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Prepared data and what a run needs to know of it.
+
+    Attributes:
+        path: folder with `tokenizer.json`, `dataset.json` and a data set per split.
+        facts: `path`, `digest`, `vocab_size`, `end_token` (number, or None for a corpus of one
+            document), and by split `bytes_per_token`, `documents`, `tokens`, `bytes`, `shards`.
+    """
+
+    path: Path
+    facts: dict[str, Any]
+
+    def summary(self) -> str:
+        """Describe the data in a line per split, and where it lies."""
+        lines = [
+            f"{split}: {self.facts['documents'][split]:,} documents, "
+            f"{self.facts['tokens'][split]:,} tokens of {self.facts['bytes_per_token'][split]:.2f} "
+            f"bytes, {shards} shards"
+            for split, shards in self.facts["shards"].items()
+        ]
+        return "\n".join([*lines, f"vocabulary: {self.facts['vocab_size']:,}", str(self.path)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Text and how to prepare it; making one does not touch the disk.
+
+    A single text file is cut contiguously into train, val and test. Of anything else each document
+    goes where a keyed hash of its content sends it, so equal documents never face each other across
+    a split.
+
+    Args:
+        name: of the corpus, the first part of the name of its folder.
+        path: text file, folder, `.jsonl`, `.parquet`, or `builtin:stdlib`, the source of the Python
+            standard library of this interpreter without its tests.
+        suffixes: endings of the files that count in a folder.
+        text_key: field of a JSONL or Parquet record that holds the text.
+        tokenizer: `byte`, `char`, `bpe`, or the path of a `tokenizer.json`.
+        vocab_size: tokens of a `bpe` vocabulary.
+        end_token: token after each document; unused where there is one document only.
+        val_fraction: share of the documents, or of the one document.
+        test_fraction: the same for the test split; 0 makes none.
+        chunk_kb: size of a stored sample of tokens, in KiB.
+        shard_mb: source text of a shard, in MiB.
+        num_processes: processes that encode; None takes a process per core.
+        seed: key of the assignment to splits.
+    """
+
+    name: str
+    path: str
+    suffixes: list[str]
+    text_key: str
+    tokenizer: str
+    vocab_size: int | None
+    end_token: str
+    val_fraction: float
+    test_fraction: float
+    chunk_kb: int
+    shard_mb: float
+    num_processes: int | None
+    seed: int
+
+    def prepare(self, data_dir: str | Path) -> PreparedData:
+        """Prepare the corpus below `data_dir`, or find it there.
+
+        Several processes may ask at once: one works, the others wait and take its result.
+
+        Returns:
+            Where the data is and what it is.
+
+        Raises:
+            ValueError: the corpus is missing, empty, unreadable or too small for its splits, or a
+                setting is impossible; the message names the key.
+        """
+        self._check_fractions()
+        data_dir = Path(data_dir)
+        files = list_files(str(self.path), list(self.suffixes))
+        digest = self._digest(digest_sources(files, data_dir / _DIGEST_CACHE))
+        path = data_dir / f"{self.name}-{digest}"
+        if not (path / FACTS_FILE).exists():
+            with _exclusive(data_dir / f".{path.name}.lock"):
+                if not (path / FACTS_FILE).exists():
+                    self._build(files, path, digest)
+        facts = json.loads((path / FACTS_FILE).read_bytes())
+        return PreparedData(path, {"path": str(path), **facts})
+
+    def _check_fractions(self) -> None:
+        if min(self.val_fraction, self.test_fraction) < 0 or not (
+            self.val_fraction + self.test_fraction < 1
+        ):
+            raise ValueError(
+                f"corpus.val_fraction={self.val_fraction}, corpus.test_fraction="
+                f"{self.test_fraction} -> nothing is left to train on -> their sum must be below 1"
+            )
+
+    @property
+    def _is_one_document(self) -> bool:
+        return Path(self.path).is_file() and Path(self.path).suffix not in (".jsonl", ".parquet")
+
+    def _settings(self) -> dict[str, Any]:
+        """Collect what the bytes of the prepared data depend on, besides the sources."""
+        own = self.tokenizer in (BYTE, CHAR, BPE)
+        return {
+            "version": FORMAT_VERSION,
+            "text_key": self.text_key,
+            "tokenizer": self.tokenizer if own else _digest_tokenizer(self.tokenizer),
+            "vocab_size": self.vocab_size if self.tokenizer == BPE else None,
+            "end_token": None if self._is_one_document else self.end_token,
+            "val_fraction": self.val_fraction,
+            "test_fraction": self.test_fraction,
+            "chunk_kb": self.chunk_kb,
+            "shard_mb": self.shard_mb,
+            "seed": self.seed,
+        }
+
+    def _digest(self, sources: str) -> str:
+        content = json.dumps([self._settings(), sources], sort_keys=True)
+        return digest_bytes(content.encode())[:12]
+
+    def _build(self, files: list[SourceFile], path: Path, digest: str) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        for leftover in path.rglob("*.tmp"):
+            leftover.unlink()
+        fractions = {
+            "train": 1 - self.val_fraction - self.test_fraction,
+            "val": self.val_fraction,
+            "test": self.test_fraction,
+        }
+        pieces = plan_units(
+            files, int(self.shard_mb * 2**20), fractions if self._is_one_document else None
+        )
+        if not (path / TOKENIZER_FILE).exists():
+            self._build_tokenizer(pieces, path / TOKENIZER_FILE)
+        tokenizer = load_tokenizer(path / TOKENIZER_FILE)
+        end_token = None if self._is_one_document else tokenizer.token_to_id(self.end_token)
+        dtype = token_dtype(tokenizer.get_vocab_size())
+        tasks = [
+            UnitTask(
+                number=number,
+                pieces=unit,
+                folder=path,
+                tokenizer=path / TOKENIZER_FILE,
+                end_token=end_token,
+                text_key=self.text_key,
+                fractions=fractions,
+                seed=self.seed,
+                chunk_tokens=self.chunk_kb * 1024 // dtype.itemsize,
+                dtype=dtype.str,
+                facts=path / UNITS_FOLDER / f"{number:06d}.json",
+            )
+            for number, unit in enumerate(pieces)
+        ]
+        encode_units(tasks, self.num_processes, f"Preparing {self.name}")
+        merged = merge_units(tasks)
+        self._check_splits(merged, fractions)
+        for split, dataset in merged.items():
+            write_index(path / split, tokenizer=f"../{TOKENIZER_FILE}", **dataset.index)
+        facts = {
+            "digest": digest,
+            "vocab_size": tokenizer.get_vocab_size(),
+            "end_token": end_token,
+            "bytes_per_token": _per_split(merged, lambda text: text["bytes"] / text["tokens"]),
+            "documents": _per_split(
+                merged, lambda text: 1 if self._is_one_document else text["documents"]
+            ),
+            "tokens": _per_split(merged, lambda text: text["tokens"]),
+            "bytes": _per_split(merged, lambda text: text["bytes"]),
+            "shards": {split: len(merged[split].index["shards"]) for split in merged},
+            "settings": {"path": self.path, **self._settings()},
+        }
+        # Last, since its presence says that the rest is complete.
+        write_atomically(path / FACTS_FILE, json.dumps(facts, indent=1).encode() + b"\n")
+        shutil.rmtree(path / UNITS_FOLDER)
+
+    def _build_tokenizer(self, units: list[list[Piece]], path: Path) -> None:
+        total = sum(piece.num_bytes for unit in units for piece in unit)
+        stride = -(-total // BPE_TRAINING_BYTES) if self.tokenizer == BPE else 1
+
+        def documents() -> Iterator[str]:
+            fractions = {"val": self.val_fraction, "test": self.test_fraction}
+            for unit in units[::stride]:
+                for piece in unit:
+                    for document in read_documents(piece, self.text_key):
+                        split = piece.split or split_of(document, fractions, self.seed)
+                        # Every character of the corpus needs a number; merges are learned, and
+                        # learning is for the training split.
+                        if split == "train" or self.tokenizer == CHAR:
+                            yield document
+
+        tokenizer = build_tokenizer(
+            self.tokenizer,
+            vocab_size=self.vocab_size,
+            end_token=None if self._is_one_document else self.end_token,
+            documents=documents(),
+        )
+        write_atomically(path, tokenizer.to_str(pretty=True).encode())
+
+    def _check_splits(self, merged: dict[str, Any], fractions: dict[str, float]) -> None:
+        for split in SPLITS:
+            if fractions[split] > 0 and split not in merged:
+                what = "1 - the others" if split == "train" else fractions[split]
+                raise ValueError(
+                    f"corpus.{split}_fraction={what} -> no text of {self.path} fell into {split} "
+                    f"-> raise the fraction, change corpus.seed={self.seed}, or take a larger "
+                    "corpus"
+                )
+
+
+def _per_split(merged: dict[str, Any], value: Any) -> dict[str, Any]:
+    """Evaluate each split's counts; None where there is no such split, so that keys stay equal."""
+    return {s: value(merged[s].text) if s in merged else None for s in SPLITS}
+
+
+def _digest_tokenizer(path: str) -> str | None:
+    # A path that does not exist is reported where the tokenizer is built.
+    return digest_bytes(Path(path).read_bytes()) if Path(path).is_file() else None
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock that the system releases when its holder ends, in whatever way."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process that prepares the same corpus")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+__all__ = ["STDLIB", "Corpus", "PreparedData"]

@@ -1,0 +1,296 @@
+"""Batches from a global order: resumable for training, exactly once for evaluation.
+
+Legend: G samples of one optimizer step over all ranks, A micro-batches of it on one rank, L lanes,
+W samples of a window, as in `datamodules.order`.
+
+Rank r of R takes the samples r, r + R, r + 2R, ... of each step. When R divides L these are whole
+lanes, so each block is read by about one rank; otherwise the samples are the same and blocks are
+read by several ranks.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from datamodules.order import GlobalOrder, Int64Array, count_lanes
+
+STATE_VERSION = 1
+
+_PLANNED_SAMPLES = 4096
+"""Samples located in one go: numpy's cost per call is then nothing beside its cost per sample."""
+
+log = logging.getLogger(__name__)
+
+
+class SampleSource(Protocol):
+    """What a data set offers to the loaders: samples counted by block, made into batches.
+
+    Attributes:
+        identity: what a position depends on besides the order: digests and sizes, for the state.
+        samples_per_block: int64 [blocks].
+        sample_bytes: typical size of a sample in its shard.
+    """
+
+    identity: dict[str, Any]
+    samples_per_block: Int64Array
+    sample_bytes: int
+
+    def plan(self, epoch: int | None, blocks: Int64Array, samples: Int64Array) -> Int64Array:
+        """Resolve samples, by block and number in it, into addresses [n, ...] cheap to read.
+
+        Epoch None is evaluation, where nothing is random.
+        """
+        ...
+
+    def batch(self, addresses: Int64Array, num_samples: int) -> Any:
+        """Read addresses into a batch; samples from `num_samples` on only pad it."""
+        ...
+
+
+class TrainLoader:
+    """The whole training run as one iterable of micro-batches, spanning all its epochs.
+
+    Its length is the run's total on this rank, also after a resume. The state methods are not
+    called `state_dict`, so that Lightning's combined loader, which would drop the state in some
+    orders of calls, leaves them to the datamodule.
+
+    Args:
+        source: the samples.
+        seed: key of the order.
+        batch_samples: G.
+        micro_batch: samples per rank and forward.
+        max_samples: global samples of the run, a multiple of G.
+        window_mb: budget in MiB for the samples that a shuffle mixes at a time.
+        num_workers: worker processes; 0 reads in this process.
+        rank: of this process.
+        world_size: number of ranks.
+
+    Attributes:
+        seconds_waited: time spent waiting for batches since the loader was made.
+
+    Raises:
+        ValueError: the batch does not divide, or the data has fewer samples than one batch.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        *,
+        seed: int,
+        batch_samples: int,
+        micro_batch: int,
+        max_samples: int,
+        window_mb: int,
+        num_workers: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        if batch_samples % (micro_batch * world_size):
+            raise ValueError(
+                f"batch_samples={batch_samples} -> not a multiple of micro_batch={micro_batch} x "
+                f"{world_size} ranks -> change one of the three"
+            )
+        lanes = count_lanes(batch_samples)
+        if lanes % world_size:
+            log.warning(
+                "batch_samples=%d gives %d lanes, not a multiple of %d ranks: the data is the "
+                "same, but blocks are read by several ranks",
+                *(batch_samples, lanes, world_size),
+            )
+        window = max(1, window_mb * 2**20 // (lanes * source.sample_bytes))
+        num_samples = int(source.samples_per_block.sum())
+        if num_samples < batch_samples:
+            raise ValueError(
+                f"batch_samples={batch_samples} -> the training split has only {num_samples} "
+                "samples, not enough for one optimizer step -> lower batch_samples (or "
+                "batch_tokens), shorten the samples, or take a larger corpus"
+            )
+        self.seconds_waited = 0.0
+        self.samples_per_epoch = num_samples // batch_samples * batch_samples
+        self.position = 0
+        self._num_workers = num_workers
+        self._accumulation = batch_samples // (micro_batch * world_size)
+        self._length = max_samples // batch_samples * self._accumulation
+        self._handed = 0
+        self._identity = {
+            "version": STATE_VERSION,
+            "seed": seed,
+            "batch_samples": batch_samples,
+            "lanes": lanes,
+            "window": window,
+            "tail": "drop",
+            "samples_per_epoch": self.samples_per_epoch,
+            **source.identity,
+        }
+        order = GlobalOrder(source.samples_per_block, seed=seed, num_lanes=lanes, window=window)
+        self._batches = _TrainBatches(
+            source, order, self.samples_per_epoch, micro_batch, rank, world_size
+        )
+
+    def __len__(self) -> int:
+        """Count the micro-batches of the whole run on this rank, not those that remain."""
+        return self._length
+
+    @property
+    def epoch(self) -> int:
+        """Number of the pass over the data that the next sample belongs to, from 0."""
+        return self.position // self.samples_per_epoch
+
+    def stream_state(self) -> dict[str, Any]:
+        """Describe the next sample; JSON, the same on every rank at an optimizer step's end."""
+        return {**self._identity, "position": self.position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue at the sample that a state describes, under any number of ranks and workers.
+
+        Raises:
+            ValueError: the state belongs to another stream; the message has both values.
+        """
+        for name, value in self._identity.items():
+            if state.get(name) != value:
+                raise ValueError(
+                    f"{name}={value} -> the checkpoint's data stream has {name}="
+                    f"{state.get(name)}, so the next sample is not defined -> resume with the "
+                    "settings and the data it was written with, or start a new run"
+                )
+        self.position = state["position"]
+        self._handed = self.position // self._identity["batch_samples"] * self._accumulation
+
+    def __iter__(self) -> Iterator[Any]:
+        """Give the micro-batches that remain; nothing is read before the first is asked for."""
+        self._batches.first, self._batches.last = self._handed, self._length
+        batches = iter(_open(self._batches, self._num_workers))
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds_waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            # The state moves when the batch is handed over, not when a worker read it ahead. In
+            # the middle of an accumulation it stays, since partial gradients are not saved.
+            self._handed += 1
+            steps = self._handed // self._accumulation
+            self.position = steps * self._identity["batch_samples"]
+            yield batch
+
+
+class EvaluationLoader:
+    """Every sample once, in the order of the data set, the same number of batches on every rank.
+
+    The last batch is filled up with samples that predict nothing. Reads in this process.
+
+    Args:
+        source: the samples.
+        micro_batch: samples per rank and forward.
+        max_samples: take so many samples, evenly spread over the split; None takes all.
+        rank: of this process.
+        world_size: number of ranks.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        *,
+        micro_batch: int,
+        max_samples: int | None,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        available = int(source.samples_per_block.sum())
+        self.num_samples = available if max_samples is None else min(available, max_samples)
+        self._stride = available / self.num_samples
+        self._source, self._micro_batch = source, micro_batch
+        self._rank, self._world_size = rank, world_size
+        self._block_ends = np.cumsum(source.samples_per_block)
+
+    def __len__(self) -> int:
+        """Count the micro-batches on each rank."""
+        return -(-self.num_samples // (self._micro_batch * self._world_size))
+
+    def __iter__(self) -> Iterator[Any]:
+        """Give the batches of one evaluation."""
+        global_batch = self._micro_batch * self._world_size
+        for first in range(0, self.num_samples, global_batch):
+            slots = np.arange(first + self._rank, first + global_batch, self._world_size)
+            num_samples = int((slots < self.num_samples).sum())
+            slots = np.minimum(slots, self.num_samples - 1)
+            samples = (slots * self._stride).astype(np.int64)
+            blocks = np.searchsorted(self._block_ends, samples, side="right")
+            before = self._block_ends[blocks] - self._source.samples_per_block[blocks]
+            addresses = self._source.plan(None, blocks, samples - before)
+            yield self._source.batch(addresses, num_samples)
+
+
+class _TrainBatches(IterableDataset):
+    """Micro-batches `first` to `last` of a rank; worker w of K makes every K-th from `first + w`.
+
+    `DataLoader` asks its workers in turn, which puts them back in order.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        order: GlobalOrder,
+        samples_per_epoch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._source, self._order = source, order
+        self._samples_per_epoch = samples_per_epoch
+        self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
+        self.first = self.last = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        step = worker.num_workers if worker else 1
+        first = self.first + (worker.id if worker else 0)
+        planned = max(1, _PLANNED_SAMPLES // self._micro_batch) * step
+        for start in range(first, self.last, planned):
+            numbers = np.arange(start, min(start + planned, self.last), step)
+            for addresses in self._plan(numbers):
+                yield self._source.batch(addresses, self._micro_batch)
+
+    def _plan(self, numbers: Int64Array) -> Int64Array:
+        """Resolve the samples of micro-batches; int64 [batches, micro_batch, ...]."""
+        # The A micro-batches of a step on one rank follow each other, so numbering the rank's
+        # samples through and spreading them by the world size gives the position in the run.
+        own = numbers[:, None] * self._micro_batch + np.arange(self._micro_batch)
+        positions = (own * self._world_size + self._rank).reshape(-1)
+        epochs, places = np.divmod(positions, self._samples_per_epoch)
+        addresses = [
+            self._source.plan(int(epoch), *self._order.locate(int(epoch), places[epochs == epoch]))
+            for epoch in np.unique(epochs)
+        ]
+        planned = np.concatenate(addresses)
+        return planned.reshape(len(numbers), self._micro_batch, *planned.shape[1:])
+
+
+def _open(batches: _TrainBatches, num_workers: int) -> Any:
+    """Give the batches themselves, or a `DataLoader` that makes them in worker processes."""
+    if num_workers == 0:
+        return batches
+    return DataLoader(
+        batches, batch_size=None, num_workers=num_workers, worker_init_fn=_quiet_signals
+    )
+
+
+def _quiet_signals(worker: int) -> None:
+    """Leave a request to stop to the training loop, which still needs batches to end its step.
+
+    The signals reach a worker because launchers signal whole process groups. A second SIGTERM ends
+    it, since multiprocessing sends that at exit and waits.
+    """
+
+    def stop_next_time(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+
+    signal.signal(signal.SIGTERM, stop_next_time)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,136 @@
+"""The global order of samples: a pure function of (seed, epoch), independent of ranks and workers.
+
+Legend: N samples in the data set, G samples of one optimizer step, L lanes, W samples of a window.
+
+Blocks of consecutive samples are permuted, laid end to end, and cut into L lanes of equal size
+(give or take one sample). Inside a lane, windows of W samples are permuted. Position p of an epoch
+is index `p // L` of lane `p % L`. Memory is O(blocks), and any position can be found directly,
+which is what makes a resume in the middle of an epoch exact and immediate.
+"""
+
+from collections import OrderedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64Array = NDArray[np.int64]
+UInt64Array = NDArray[np.uint64]
+
+MAX_LANES = 64
+"""More lanes would spread every step over more blocks without serving a larger common world."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def splitmix64(values: UInt64Array) -> UInt64Array:
+    """Hash 64-bit integers, element by element.
+
+    The output function of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
+    number generators", fig. 16). numpy's generators may change between versions; this cannot.
+
+    Args:
+        values: uint64, any shape.
+
+    Returns:
+        uint64 of the same shape; a bijection of the input.
+    """
+    mixed = values + _GOLDEN
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * _MIX_1
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * _MIX_2
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def hash_key(*parts: int) -> np.uint64:
+    """Fold non-negative integers (a seed, an epoch, a purpose) into one 64-bit key."""
+    key = np.zeros(1, np.uint64)
+    for part in parts:
+        key = splitmix64(key ^ np.uint64(part))
+    return key[0]
+
+
+def permutation(size: int, key: np.uint64) -> Int64Array:
+    """Permute `range(size)` by a stable sort of hashed counters; int64 [size]."""
+    return np.argsort(splitmix64(np.arange(size, dtype=np.uint64) ^ key), kind="stable")
+
+
+def count_lanes(batch_samples: int) -> int:
+    """Give L, the largest divisor of the global batch that is at most `MAX_LANES`."""
+    return max(lanes for lanes in range(1, MAX_LANES + 1) if batch_samples % lanes == 0)
+
+
+class GlobalOrder:
+    """Where the sample of each position lies, for any epoch.
+
+    Args:
+        samples_per_block: int64 [blocks], samples in each block, in the order of the data set.
+        seed: key of every permutation.
+        num_lanes: L.
+        window: W, in samples.
+    """
+
+    _BLOCKS, _WINDOWS = 1, 2  # purposes, so that two permutations never share a key
+
+    def __init__(
+        self, samples_per_block: Int64Array, *, seed: int, num_lanes: int, window: int
+    ) -> None:
+        self.num_samples = int(samples_per_block.sum())
+        self._samples_per_block = samples_per_block
+        self._seed, self._num_lanes, self._window = seed, num_lanes, window
+        self._epoch = -1
+        self._blocks = self._block_ends = np.zeros(0, np.int64)
+        # One window per lane is in use at a time, and two while a lane passes from one to the next.
+        self._windows: OrderedDict[tuple[int, int], Int64Array] = OrderedDict()
+
+    def locate(self, epoch: int, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """Find the samples at some positions of an epoch.
+
+        Args:
+            epoch: number of the pass over the data, from 0.
+            positions: int64 [n], each in `[0, N)`.
+
+        Returns:
+            The block of each sample and the sample's number in its block, both int64 [n].
+        """
+        self._start_epoch(epoch)
+        lane, index = positions % self._num_lanes, positions // self._num_lanes
+        window, slot = index // self._window, index % self._window
+        group = window * self._num_lanes + lane
+        place = np.empty_like(positions)
+        # Sorting brings the positions of one window together, whose permutation is then used once.
+        by_group = np.argsort(group, kind="stable")
+        starts = np.flatnonzero(np.diff(group[by_group], prepend=-1))
+        for members in np.split(by_group, starts[1:]):
+            lane_number, window_number = int(lane[members[0]]), int(window[members[0]])
+            order = self._window_order(lane_number, window_number)
+            first = self._lane_start(lane_number) + window_number * self._window
+            place[members] = first + order[slot[members]]
+        block = np.searchsorted(self._block_ends, place, side="right")
+        before = self._block_ends[block] - self._samples_per_block[self._blocks[block]]
+        return self._blocks[block], place - before
+
+    def _start_epoch(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        key = hash_key(self._seed, epoch, self._BLOCKS)
+        self._blocks = permutation(len(self._samples_per_block), key)
+        self._block_ends = np.cumsum(self._samples_per_block[self._blocks])
+        self._windows.clear()
+        self._epoch = epoch
+
+    def _lane_start(self, lane: int) -> int:
+        # The first N % L lanes hold one sample more.
+        return lane * (self.num_samples // self._num_lanes) + min(
+            lane, self.num_samples % self._num_lanes
+        )
+
+    def _window_order(self, lane: int, window: int) -> Int64Array:
+        if (order := self._windows.get((lane, window))) is None:
+            lane_size = self._lane_start(lane + 1) - self._lane_start(lane)
+            size = min(self._window, lane_size - window * self._window)
+            key = hash_key(self._seed, self._epoch, self._WINDOWS, lane, window)
+            order = self._windows[lane, window] = permutation(size, key)
+            if len(self._windows) > 2 * self._num_lanes:
+                self._windows.popitem(last=False)
+        return order

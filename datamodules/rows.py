@@ -1,0 +1,135 @@
+"""Rows of text: slices of the token chunks in shards, as samples for the loaders.
+
+Legend: B rows of a batch, T predicted tokens of a row, n tokens of a chunk.
+
+A chunk holds `(n - 1) // T` rows; row k is `tokens[phase + k*T : phase + k*T + T + 1]`, of which
+all but the last are inputs and all but the first targets. In training the phase is drawn anew for
+each epoch and chunk from the tokens left over, so that epochs do not cut the text at the same
+places. In evaluation it is 0.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from datamodules.batch import IGNORED, TextBatch
+from datamodules.index import Index
+from datamodules.order import Int64Array, hash_key, splitmix64
+from datamodules.reader import ShardReader
+
+_PHASES = 3  # purpose of the key, next to those of `datamodules.order`
+
+_CACHED_ENDS = 4096
+"""Chunks whose document ends are kept at hand: 2 GiB of text at 1 MiB a chunk."""
+
+
+class TextRows:
+    """The rows of a data set of token chunks; a `datamodules.loader.SampleSource`.
+
+    Args:
+        index: of the data set.
+        sequence_length: T.
+        document_mask: add `documents` to the batches. The token that ends a document opens the
+            next one, so it alone is the context that the next document's first token is predicted
+            from, and every target stays predictable.
+        seed: key of the phases.
+
+    Attributes:
+        identity: what a position in these rows depends on, for the stream's state.
+        samples_per_block: int64 [chunks], rows of each chunk.
+        sample_bytes: size of a row in its shard.
+
+    Raises:
+        ValueError: no chunk is long enough for a row.
+    """
+
+    def __init__(
+        self, index: Index, *, sequence_length: int, document_mask: bool, seed: int
+    ) -> None:
+        self._dtype = np.dtype(index.schema["tokens.npy"]["dtype"]).newbyteorder("<")
+        self._length, self._document_mask, self._seed = sequence_length, document_mask, seed
+        self._reader = ShardReader(index)
+        lengths = index.lengths.astype(np.int64)
+        self.identity: dict[str, Any] = {
+            "index_digest": index.digest,
+            "sequence_length": sequence_length,
+        }
+        self.samples_per_block: Int64Array = (lengths - 1) // sequence_length
+        self.sample_bytes = sequence_length * self._dtype.itemsize
+        if not self.samples_per_block.any():
+            raise ValueError(
+                f"datamodule.sequence_length={sequence_length} -> no row of so many tokens and "
+                f"one more fits in {index.path}, whose longest chunk has {lengths.max()} -> "
+                "shorten sequence_length, or take a larger corpus or split"
+            )
+        self._slack = lengths - 1 - self.samples_per_block * sequence_length
+        # Shard and first token of each chunk, counted in tokens from the shard's begin; filled in
+        # as chunks are met.
+        self._shard = np.full(len(lengths), -1)
+        self._start = np.zeros(len(lengths), np.int64)
+        self._ends: dict[int, NDArray[np.uint32]] = {}
+
+    def plan(self, epoch: int | None, blocks: Int64Array, samples: Int64Array) -> Int64Array:
+        """Resolve rows into (shard, first token in it, chunk), int64 [n, 3].
+
+        Args:
+            epoch: keys the phases; None for evaluation.
+            blocks: int64 [n], the chunk of each row.
+            samples: int64 [n], the row's number k in its chunk.
+        """
+        for chunk in np.unique(blocks[self._shard[blocks] < 0]).tolist():
+            sample = self._reader.sample(chunk)
+            _, offset, _ = self._reader.array(sample, "tokens.npy")
+            self._shard[chunk] = sample.shard
+            self._start[chunk] = offset // self._dtype.itemsize
+        starts = self._start[blocks] + samples * self._length
+        if epoch is not None:
+            key = hash_key(self._seed, epoch, _PHASES)
+            draws = splitmix64(blocks.astype(np.uint64) ^ key)
+            starts += (draws % (self._slack[blocks] + 1).astype(np.uint64)).astype(np.int64)
+        return np.stack([self._shard[blocks], starts, blocks], axis=1)
+
+    def batch(self, addresses: Int64Array, num_samples: int) -> TextBatch:
+        """Read planned rows into a batch; rows from `num_samples` on predict nothing."""
+        shards, starts, chunks = addresses.T
+        tokens = np.empty((len(addresses), self._length + 1), self._dtype)
+        for shard in set(shards.tolist()):
+            rows = shards == shard
+            tokens[rows] = self._every_row(shard)[starts[rows]]
+        targets = tokens[:, 1:].astype(np.int64)
+        targets[num_samples:] = IGNORED
+        batch = TextBatch(
+            inputs=torch.from_numpy(tokens[:, :-1].astype(np.int64)),
+            targets=torch.from_numpy(targets),
+        )
+        if self._document_mask:
+            batch["documents"] = torch.from_numpy(self._documents(chunks, starts))
+        return batch
+
+    def _every_row(self, shard: int) -> NDArray:
+        """View a shard as all the rows that could begin at any of its tokens, without a copy."""
+        mapped, size = self._reader.shard(shard), self._dtype.itemsize
+        shape = (len(mapped) // size - self._length, self._length + 1)
+        return np.ndarray(shape, self._dtype, mapped, strides=(size, size))
+
+    def _documents(self, chunks: Int64Array, starts: Int64Array) -> NDArray[np.int32]:
+        documents = np.zeros((len(chunks), self._length), np.int32)
+        places = (starts - self._start[chunks]).tolist()
+        for row, chunk, start in zip(documents, chunks.tolist(), places, strict=True):
+            ends = self._document_ends(chunk)
+            first, last = np.searchsorted(ends, [start + 1, start + self._length])
+            row[ends[first:last] - start] = 1
+        return np.cumsum(documents, axis=1, dtype=np.int32)
+
+    def _document_ends(self, chunk: int) -> NDArray[np.uint32]:
+        if (ends := self._ends.get(chunk)) is None:
+            if len(self._ends) >= _CACHED_ENDS:
+                self._ends.clear()
+            sample = self._reader.sample(chunk)
+            dtype, offset, count = self._reader.array(sample, "ends.npy")
+            mapped = self._reader.shard(sample.shard)
+            ends = np.frombuffer(mapped, dtype, count, offset).copy()
+            self._ends[chunk] = ends
+        return ends

@@ -1,0 +1,77 @@
+"""Evaluate: score a checkpoint of a run on its validation or test data."""
+
+import json
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from launch import runtime
+from launch.run_directory import RunDirectory, find_run
+
+
+def evaluate_run(config: DictConfig) -> None:
+    """Score a checkpoint, print the metrics, and keep them in `evaluations/` of the run."""
+    run = find_run(config.run, config.runs_dir)
+    if config.split not in ("val", "test"):
+        raise ValueError(f"split={config.split} -> unknown -> use val or test")
+    name, module = load_module(run, config.checkpoint)
+    metrics = evaluate(run, module, config.split, config.accelerator)
+    directory = run.path / "evaluations"
+    directory.mkdir(exist_ok=True)
+    path = directory / f"{config.split}-{name}.json"
+    path.write_text(json.dumps({"checkpoint": name, **metrics}, indent=1) + "\n")
+    for key, value in metrics.items():
+        print(f"{key:24} {value:.4f}")
+    print(f"checkpoint {name} of run {run.path.name}; written to {path}")
+
+
+def load_module(run: RunDirectory, which: str) -> tuple[str, Any]:
+    """Build a run's module with the weights of a verified checkpoint.
+
+    Returns:
+        The checkpoint's name and the LightningModule, on the CPU in evaluation mode.
+
+    Raises:
+        ValueError: There is no such checkpoint, or it is damaged.
+    """
+    runtime.quiet_libraries()
+    from trainers.checkpoint import load_weights
+
+    run.verify_checkpoint(which)
+    checkpoint = run.find_checkpoint(which)
+    if checkpoint is None:
+        raise ValueError(f"run={run.path.name} -> it has saved nothing yet -> train it first")
+    module = instantiate(run.config.module, _convert_="all")
+    module.load_state_dict(load_weights(checkpoint))
+    return checkpoint.name, module.eval()
+
+
+def evaluate(run: RunDirectory, module: Any, split: str, accelerator: str) -> dict[str, float]:
+    """Run `validation_step` or `test_step` over a whole split on one device."""
+    import lightning
+
+    from trainers.build import LIGHTNING_PRECISION, resolve_accelerator
+    from trainers.compat import resolve_precision
+
+    config = run.config
+    trainer = lightning.Trainer(
+        accelerator=resolve_accelerator(accelerator),
+        devices=1,
+        precision=LIGHTNING_PRECISION[resolve_precision(config)],  # pyright: ignore[reportArgumentType]
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=True,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=run.path,
+    )
+    datamodule = instantiate(config.datamodule, _convert_="all")
+    score = trainer.validate if split == "val" else trainer.test
+    return dict(score(module, datamodule=datamodule, verbose=False)[0])
+
+
+main = runtime.verb("evaluate")(evaluate_run)
+
+if __name__ == "__main__":
+    main()

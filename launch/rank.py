@@ -1,0 +1,26 @@
+"""One rank of a run, started by `launch.runtime.start_ranks` from the run directory alone."""
+
+import sys
+from pathlib import Path
+
+from launch import runtime
+from launch.run_directory import RunDirectory
+from launch.train import fit
+
+
+def main() -> int:
+    """Train as one rank; give the exit code."""
+    runtime.die_with_parent()
+    run = RunDirectory(Path(sys.argv[1]))
+    try:
+        return fit(run, run.config)
+    except Exception as error:
+        message = runtime.explain(error, "train")
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return runtime.FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""The process around a verb: configuration, errors, ranks and exit codes."""
+
+import difflib
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+import hydra.utils
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launch.run_directory import RunDirectory
+
+DONE, FAILED, PREEMPTED = 0, 1, 75
+
+
+Verb = Callable[[DictConfig], int | None]
+
+
+def verb(config_name: str) -> Callable[[Verb], Callable[[], None]]:
+    """Make a function of a configuration the program of `conf/<config_name>.yaml`.
+
+    What users can mend (an error in the form key -> why -> remedy, an override that does not
+    compose) is printed as one message without a traceback. The exit code is what the function
+    returns: 0 done, 75 preempted, 1 failed.
+    """
+
+    def decorate(function: Verb) -> Callable[[], None]:
+        def program() -> None:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing and leaving
+            ended: dict[str, Any] = {}
+
+            def job(config: DictConfig) -> None:
+                try:
+                    ended["code"] = function(config)
+                except Exception as error:  # past Hydra, which would add lines of its own
+                    ended["error"] = error
+
+            compose = hydra.main(
+                version_base=None, config_path="pkg://conf", config_name=config_name
+            )
+            try:
+                compose(job)()
+            except (HydraException, OmegaConfBaseException) as error:
+                ended["error"] = error
+            if "error" in ended:
+                message = explain(ended["error"], config_name)
+                if message is None:
+                    raise ended["error"]
+                print(f"error: {message}", file=sys.stderr)
+                sys.exit(FAILED)
+            sys.exit(ended.get("code") or DONE)
+
+        return program
+
+    return decorate
+
+
+def explain(error: BaseException, config_name: str) -> str | None:
+    """The message for an error that users can mend; None for one that deserves its traceback."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if str(chain).count(" -> ") >= 2:
+            return str(chain)
+        chain = chain.__cause__ or chain.__context__
+    text = str(error)
+    if found := re.search(r"Could not find '([^']+)'", text):
+        option, options = found[1], re.findall(r"^\t(.+)$", text, re.MULTILINE)
+        group, _, choice = option.rpartition("/")
+        return f"{group}={choice} -> there is none of that name -> {_suggest(choice, options)}"
+    if found := re.search(r"Could not override '([^']+)'", text):
+        key = found[1]
+        return f"{key} -> no such key -> {_suggest(key, _all_keys(config_name))}"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return f"the configuration does not compose -> {text.strip()} -> mend that override"
+    return None
+
+
+def quiet_libraries() -> None:
+    """Keep Lightning's own start-up messages out of a run's output; warnings of others stay."""
+    import lightning.pytorch  # noqa: F401 - it sets its loggers' levels on import
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\.(pytorch|fabric)\..*")
+    warnings.filterwarnings("ignore", message=r".*weights_only.*", module=r"lightning.*")
+
+
+def is_rank() -> bool:
+    """Whether somebody else (torchrun) started this process as one of several ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def world_size(config: DictConfig) -> int:
+    """Ranks of this launch.
+
+    Raises:
+        ValueError: torchrun started another number than the configuration asks for.
+    """
+    if not is_rank():
+        return config.trainer.devices * config.cluster.nodes
+    ranks, per_node = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    asked = (config.trainer.devices, config.cluster.nodes)
+    if asked != (per_node, ranks // per_node):
+        raise ValueError(
+            f"trainer.devices={asked[0]} cluster.nodes={asked[1]} -> torchrun started {per_node} "
+            f"rank(s) on each of {ranks // per_node} node(s) -> give the same numbers to both"
+        )
+    return ranks
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration as a dictionary, interpolations resolved."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+
+
+def build_loggers(config: DictConfig, directory: Path) -> list[Any]:
+    """Loggers beside `metrics.jsonl`: none for `logger=none`, which then needs no import."""
+    if "_target_" not in config.logger:
+        return []
+    logger = hydra.utils.instantiate(
+        config.logger, directory=str(directory), run_config=plain(config), _convert_="all"
+    )
+    return [logger]
+
+
+def start_ranks(run: RunDirectory, num_ranks: int) -> int:
+    """Run `launch.rank` for an accepted run on every device, by torch's elastic agent.
+
+    Rank 0 shares this terminal; the others write to `<run directory>/logs`.
+
+    Returns:
+        The run's exit code.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logs = run.path / "logs"
+    logs.mkdir(exist_ok=True)
+    others = dict.fromkeys(range(1, num_ranks), Std.ALL)
+    agent = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=run.path.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=others),
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        shutdown_timeout=60,
+    )
+    home = str(Path(__file__).resolve().parent.parent)
+    environment = {
+        # -P keeps the working folder from shadowing our packages; the user's own come after them.
+        "PYTHONPATH": os.pathsep.join([home, os.getcwd(), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": os.environ.get(
+            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks))
+        ),
+    }
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        launch = elastic_launch(agent, sys.executable)
+        launch("-P", "-m", "launch.rank", str(run.path))
+    except SignalException:
+        return PREEMPTED
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == PREEMPTED:
+            return PREEMPTED
+        reason = f"rank {rank} ended with code {failure.exitcode}; its output is in {logs}"
+        if run.status.get("state") == "running":  # it could not say so itself
+            run.write_status("failed", reason)
+        print(f"error: {reason}", file=sys.stderr)
+        return FAILED
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return DONE
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this rank when the process that started it is killed."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near += [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]][:3]
+    names = list(dict.fromkeys(near)) or known
+    return ("did you mean " if near else "use one of ") + ", ".join(names) + "?" * bool(near)
+
+
+def _all_keys(config_name: str) -> list[str]:
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module("conf", version_base=None):
+        config = hydra.compose(config_name)
+
+    def walk(node: DictConfig, prefix: str) -> list[str]:
+        keys = []
+        for key in node:
+            keys.append(f"{prefix}{key}")
+            child = OmegaConf.select(node, str(key), throw_on_missing=False)
+            if isinstance(child, DictConfig):
+                keys += walk(child, f"{prefix}{key}.")
+        return keys
+
+    return walk(config, "")

@@ -1,0 +1,90 @@
+"""Train: compose, check, build, fit. The same command again continues, or says it is done."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from launch import runtime
+from launch.run_directory import RunDirectory, find_weights
+
+
+def train(config: DictConfig) -> int:
+    """Train the run that the configuration names, or continue it."""
+    run = RunDirectory(Path(config.runs_dir, config.run.name))
+    num_ranks = runtime.world_size(config)
+    complete(config, num_ranks)
+    if runtime.is_rank() and os.environ["RANK"] != "0":
+        return fit(run, config)  # composed for itself; compared with rank 0 before the first step
+    with run.lock():
+        run.accept(config)
+        if run.is_done(config):
+            from launch.summary import print_summary
+
+            print_summary(run)
+            return runtime.DONE
+        run.verify_checkpoint(config.checkpoint)
+        if num_ranks > 1 and not runtime.is_rank():
+            return runtime.start_ranks(run, num_ranks)
+        return fit(run, config)
+
+
+def complete(config: DictConfig, num_ranks: int) -> None:
+    """Check the configuration, prepare its data, and fill in the nodes `plan` and `data`.
+
+    Nothing here touches a device. Ranks that compose for themselves may all come here at once.
+    """
+    from trainers.batch_plan import plan_run
+    from trainers.compat import check
+
+    check(config, num_ranks)
+    tokens_per_sample = config.datamodule.get("sequence_length", 1)
+    plan = plan_run(config, tokens_per_sample=tokens_per_sample, world_size=num_ranks)
+    config.plan = asdict(plan)
+    if "_target_" in config.corpus:
+        config.data = instantiate(config.corpus).prepare(config.data_dir).facts
+
+
+def fit(run: RunDirectory, config: DictConfig) -> int:
+    """Train on this rank until the run is done or asked to stop; give the exit code."""
+    runtime.quiet_libraries()
+    from launch.summary import print_summary, summarize
+    from trainers.build import build_trainer
+    from trainers.callbacks.preemption import PreemptedError
+    from trainers.checkpoint import load_weights, read_manifest
+
+    checkpoint = run.find_checkpoint(config.checkpoint)
+    module = instantiate(config.module, _convert_="all")
+    datamodule = instantiate(config.datamodule, _convert_="all")
+    if config.init_from and checkpoint is None:
+        module.load_state_dict(load_weights(find_weights(config.init_from, config.runs_dir)))
+    trainer = build_trainer(
+        runtime.plain(config),
+        run.path,
+        world_size=runtime.world_size(config),
+        resume_step=read_manifest(checkpoint)["step"] if checkpoint else 0,
+        strategy=instantiate(config.strategy, _convert_="all")["make"],
+        loggers=runtime.build_loggers(config, run.path),
+        callbacks=list(instantiate(config.trainer.callbacks, _convert_="all").values()),
+    )
+    with run.status_of(trainer) as end:
+        try:
+            trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+        except PreemptedError as reason:
+            end(
+                "preempted", f"{reason}; the same command continues from step {trainer.global_step}"
+            )
+            return runtime.PREEMPTED
+        if trainer.is_global_zero:
+            run.write_summary(summarize(run, trainer))
+            print_summary(run)
+        end("done", f"trained {trainer.global_step} steps")
+    return runtime.DONE
+
+
+main = runtime.verb("train")(train)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Model families: networks, losses, optimizers and generation; one LightningModule a file."""

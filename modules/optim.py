@@ -1,0 +1,189 @@
+"""Optimizers and learning-rate schedules, for every family.
+
+Schedules count samples, never optimizer calls, so that a change of world size or of the
+micro-batch does not bend them.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from modules.muon import MuonAdamW, ParameterRoles
+
+
+def build_optimizer(
+    roles: ParameterRoles,
+    *,
+    name: str,
+    lr: float,
+    weight_decay: float,
+    adamw: Mapping[str, Any],
+    muon: Mapping[str, Any],
+    sgd: Mapping[str, Any],
+) -> torch.optim.Optimizer:
+    """Build the optimizer of `module.optimizer`.
+
+    Args:
+        roles: Parameters by role; those without gradients are left out.
+        name: `adamw`, `muon` or `sgd`.
+        lr: Peak learning rate; under `muon` that of the matrices.
+        weight_decay: Decoupled (`adamw`, `muon`) or L2 (`sgd`); applies to parameters of two or
+            more dimensions, and under `muon` to the matrices only.
+        adamw: `betas` and `eps`; under `muon` too, for what is not a matrix.
+        muon: `momentum`, and `embedding_lr`, `head_lr`, `other_lr` of the AdamW part.
+        sgd: `momentum`.
+
+    Raises:
+        ValueError: The name is unknown, or a matrix is not 2-D under `muon`.
+    """
+    trained = {
+        role: [p for p in parameters if p.requires_grad] for role, parameters in roles.items()
+    }
+    everything = [p for parameters in trained.values() for p in parameters]
+    groups = [
+        {"params": [p for p in everything if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in everything if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    betas = tuple(adamw["betas"])
+    if name == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=adamw["eps"], fused=True)
+        # Fused optimizers offer to unscale fp16 gradients themselves, and Lightning then refuses
+        # to clip, in bf16 as well. Without the offer the scaler unscales first, and both work.
+        optimizer._step_supports_amp_scaling = False  # pyright: ignore[reportAttributeAccessIssue]
+        return optimizer
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=sgd["momentum"])
+    if name == "muon":
+        rates = {role: muon[f"{role}_lr"] for role in ("embedding", "head", "other")}
+        return MuonAdamW(
+            trained,
+            lr={"matrix": lr, **rates},
+            momentum=muon["momentum"],
+            weight_decay=weight_decay,
+            betas=betas,
+            eps=adamw["eps"],
+        )
+    raise ValueError(f"module.optimizer.name={name} is not known; choose adamw, muon or sgd")
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, plan: Mapping[str, int], **settings: Any
+) -> LambdaLR:
+    """Build the scheduler of `module.schedule`, to be stepped once per optimizer step.
+
+    Every group's rate is its peak times `schedule_multiplier` of the samples seen.
+
+    Args:
+        optimizer: At its peak rates.
+        plan: `batch_samples`, `max_samples` and `tokens_per_sample` of the run.
+        **settings: The keyword arguments of `Schedule`.
+
+    Raises:
+        ValueError: As `Schedule`.
+    """
+    schedule = Schedule(plan, **settings)
+    batch_samples = plan["batch_samples"]
+
+    # A closure rather than the object: LambdaLR saves an object's attributes in checkpoints.
+    def multiplier(step: int) -> float:
+        return schedule.multiplier(step * batch_samples)
+
+    return LambdaLR(optimizer, multiplier)
+
+
+class Schedule:
+    """Learning rate over its peak, as a function of the samples seen before a step.
+
+    At p samples, with batch G, warm-up w, end m, and final fraction f, it is (p + G) / w while
+    that is below 1 (so that the first step is not lost at zero), and then, x = (p - w) / (m - w),
+
+    * `constant`: 1
+    * `linear`: 1 - (1 - f) x
+    * `cosine`: f + (1 - f) (1 + cos(pi x)) / 2, Loshchilov and Hutter 2016, arXiv 1608.03983,
+      equation 5, without restarts
+    * `wsd`: 1 until m - d samples, then linear in (p - m + d) / d from 1 to f; warm-up, stable,
+      decay, Hu et al. 2024, arXiv 2404.06395, section 4
+
+    Args:
+        plan: `batch_samples`, `max_samples` and `tokens_per_sample` of the run.
+        name: One of the four above.
+        warmup_samples: w; or None and `warmup_tokens`.
+        warmup_tokens: w in tokens.
+        decay_samples: d, for `wsd` only; or None and `decay_tokens`.
+        decay_tokens: d in tokens.
+        final_lr_fraction: f; None under `constant`, which has no end to reach.
+
+    Raises:
+        ValueError: The name is unknown, a pair has both or neither key set, a key is set that the
+            schedule does not use, or warm-up and decay are longer than the run.
+    """
+
+    def __init__(
+        self,
+        plan: Mapping[str, int],
+        *,
+        name: str,
+        warmup_samples: int | None,
+        warmup_tokens: int | None,
+        decay_samples: int | None,
+        decay_tokens: int | None,
+        final_lr_fraction: float | None,
+    ):
+        if name not in ("constant", "linear", "cosine", "wsd"):
+            raise ValueError(
+                f"module.schedule.name={name} is not known; choose constant, linear, cosine or wsd"
+            )
+        self.name, self.plan = name, plan
+        self.warmup = self._samples("warmup", warmup_samples, warmup_tokens)
+        self.decay = 0.0
+        if name == "wsd":
+            self.decay = self._samples("decay", decay_samples, decay_tokens)
+        else:
+            self._refuse(decay_samples=decay_samples, decay_tokens=decay_tokens)
+        if name == "constant":
+            self._refuse(final_lr_fraction=final_lr_fraction)
+        elif final_lr_fraction is None:
+            raise ValueError(
+                f"module.schedule.final_lr_fraction=null gives {name} no end; set it, to 0 for none"
+            )
+        self.final = 1.0 if final_lr_fraction is None else final_lr_fraction
+        if self.warmup + self.decay > plan["max_samples"]:
+            raise ValueError(
+                f"module.schedule: warm-up of {self.warmup:g} samples and decay of {self.decay:g} "
+                f"do not fit a run of {plan['max_samples']} samples; shorten them or train longer"
+            )
+
+    def _samples(self, key: str, samples: int | None, tokens: int | None) -> float:
+        if (samples is None) == (tokens is None):
+            raise ValueError(
+                f"module.schedule.{key}_samples={samples} and {key}_tokens={tokens}: "
+                "the length needs one unit; set one of them and leave the other null"
+            )
+        return samples if samples is not None else (tokens or 0) / self.plan["tokens_per_sample"]
+
+    def _refuse(self, **unused: float | None) -> None:
+        for key, value in unused.items():
+            if value is not None:
+                raise ValueError(
+                    f"module.schedule.{key}={value} has no meaning for "
+                    f"module.schedule.name={self.name}; set it to null"
+                )
+
+    def multiplier(self, samples: float) -> float:
+        """Return the rate over its peak for the step that starts after `samples` samples."""
+        ramp = samples + self.plan["batch_samples"]
+        if ramp < self.warmup:
+            return ramp / self.warmup
+        end = self.plan["max_samples"]
+        if self.name == "wsd":
+            start, length = end - self.decay, self.decay
+        else:
+            start, length = self.warmup, end - self.warmup
+        x = min(max((samples - start) / length, 0.0), 1.0) if length else 0.0
+        if self.name == "cosine":
+            x = (1 - math.cos(math.pi * x)) / 2
+        return 1 - (1 - self.final) * x

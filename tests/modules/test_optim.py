@@ -1,0 +1,142 @@
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from modules.muon import MuonAdamW
+from modules.optim import Schedule, build_optimizer, build_schedule
+
+SETTINGS: dict[str, Any] = dict(
+    name="adamw",
+    lr=1e-2,
+    weight_decay=0.1,
+    adamw=dict(betas=[0.9, 0.95], eps=1e-8),
+    muon=dict(momentum=0.95, embedding_lr=0.3, head_lr=0.004, other_lr=0.02),
+    sgd=dict(momentum=0.9),
+)
+PLAN = dict(batch_samples=10, max_samples=1000, max_steps=100, tokens_per_sample=8)
+SCHEDULE: dict[str, Any] = dict(
+    name="cosine",
+    warmup_samples=100,
+    warmup_tokens=None,
+    decay_samples=None,
+    decay_tokens=None,
+    final_lr_fraction=0.1,
+)
+
+
+def build(roles, **overrides: Any):
+    return build_optimizer(roles, **(SETTINGS | overrides))
+
+
+def make_roles(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def parameter(*size):
+        return nn.Parameter(torch.randn(*size, generator=generator))
+
+    return {
+        "matrix": [parameter(8, 8), parameter(16, 8), parameter(8, 8), parameter(8, 16)],
+        "embedding": [parameter(10, 8)],
+        "head": [parameter(10, 8)],
+        "other": [parameter(8)],
+    }
+
+
+def flat(roles):
+    return [parameter for parameters in roles.values() for parameter in parameters]
+
+
+def take_steps(roles, optimizers, num_steps=5, start=0):
+    for step in range(start, start + num_steps):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in flat(roles):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_fused_adamw_equals_plain_adamw_with_decay_on_matrices_only():
+    ours, reference = make_roles(), make_roles()
+    decayed = [p for p in flat(reference) if p.ndim >= 2]
+    plain = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": 0.1},
+            {"params": reference["other"], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        foreach=False,
+    )
+    take_steps(ours, [build(ours, **SETTINGS)])
+    take_steps(reference, [plain])
+    torch.testing.assert_close(flat(ours), flat(reference), rtol=1e-6, atol=1e-6)
+
+
+def test_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match=r"module\.optimizer\.name=adam .*adamw, muon or sgd"):
+        build(make_roles(), name="adam")
+
+
+def test_schedule_scales_every_group_alike():
+    optimizer = build(make_roles(), name="muon")
+    assert isinstance(optimizer, MuonAdamW)
+    scheduler = build_schedule(optimizer, PLAN, **SCHEDULE)
+    peaks = [1e-2, 0.3, 0.004, 0.02]
+    for step in range(12):
+        expected = Schedule(PLAN, **SCHEDULE).multiplier(10 * step)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([peak * expected for peak in peaks])
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.state_dict()["lr_lambdas"] == [None] * 4  # nothing to unpickle
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {0: 0.1, 50: 0.6, 90: 1.0, 100: 1.0, 550: 0.55, 1000: 0.1}),
+        ({"name": "linear"}, {0: 0.1, 100: 1.0, 325: 0.775, 550: 0.55, 1000: 0.1}),
+        ({"name": "constant", "final_lr_fraction": None}, {0: 0.1, 90: 1.0, 1000: 1.0}),
+        (
+            {"name": "wsd", "decay_samples": 400, "final_lr_fraction": 0.0},
+            {0: 0.1, 90: 1.0, 600: 1.0, 800: 0.5, 1000: 0.0},
+        ),
+        ({"warmup_samples": None, "warmup_tokens": 1600}, {0: 0.05, 190: 1.0, 200: 1.0}),
+        ({"warmup_samples": 0}, {0: 1.0, 250: 0.1 + 0.45 * (1 + math.cos(math.pi / 4))}),
+        (
+            {"name": "wsd", "warmup_samples": 0, "decay_tokens": 8000},
+            {0: 1.0, 500: 0.55, 1000: 0.1},
+        ),
+    ],
+)
+def test_schedule_has_closed_form_values(settings, expected):
+    schedule = Schedule(PLAN, **(SCHEDULE | settings))
+    assert {p: schedule.multiplier(p) for p in expected} == pytest.approx(expected)
+
+
+def test_schedule_is_a_function_of_samples_whatever_the_batch():
+    small = Schedule(PLAN | {"batch_samples": 5}, **SCHEDULE)
+    assert small.multiplier(500) == Schedule(PLAN, **SCHEDULE).multiplier(500)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "cosin"}, "module.schedule.name=cosin"),
+        ({"warmup_tokens": 8}, "module.schedule.warmup_samples=100 and warmup_tokens=8"),
+        ({"warmup_samples": None}, "warmup_samples=None and warmup_tokens=None"),
+        ({"name": "wsd"}, "decay_samples=None and decay_tokens=None"),
+        ({"decay_tokens": 80}, "module.schedule.decay_tokens=80 has no meaning"),
+        ({"name": "constant"}, "module.schedule.final_lr_fraction=0.1 has no meaning"),
+        ({"final_lr_fraction": None}, "module.schedule.final_lr_fraction=null"),
+        ({"warmup_samples": 1001}, "do not fit a run of 1000 samples"),
+        ({"name": "wsd", "decay_samples": 901}, "do not fit a run of 1000 samples"),
+    ],
+)
+def test_impossible_schedule_is_refused_by_its_key(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Schedule(PLAN, **(SCHEDULE | settings))

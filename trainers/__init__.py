@@ -1,0 +1,1 @@
+"""What Lightning lacks: batch arithmetic, rules, checkpoints, callbacks and strategies."""

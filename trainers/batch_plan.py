@@ -1,0 +1,110 @@
+"""From a global batch and a world size to micro-batches and accumulation.
+
+The global batch (samples per optimizer step) is what a run chooses and never changes; how it is
+split over ranks and forward passes may change at every launch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run is, counted in global samples, and how this launch splits it.
+
+    Attributes:
+        batch_samples: Samples per optimizer step over all ranks.
+        max_samples: Samples of the whole run; a multiple of `batch_samples`.
+        max_steps: Optimizer steps of the whole run.
+        tokens_per_sample: Tokens a sample counts for (1 where samples are not made of tokens).
+        micro_batch: Samples per rank and forward pass, at this launch's number of ranks.
+        grad_accum: Forward passes per rank and optimizer step, likewise.
+    """
+
+    batch_samples: int
+    max_samples: int
+    max_steps: int
+    tokens_per_sample: int
+    micro_batch: int
+    grad_accum: int
+
+
+def plan_run(config: Mapping[str, Any], *, tokens_per_sample: int, world_size: int) -> RunPlan:
+    """Derive the plan from `batch_tokens | batch_samples` and `max_tokens | ..samples | ..steps`.
+
+    A run's length is rounded down to whole steps.
+
+    Raises:
+        ValueError: None or several of the alternatives are set, they give no whole step, or the
+            batch does not divide among ranks and micro-batches.
+    """
+    unit, size = _only_one(config, ("batch_tokens", "batch_samples"), "the global batch")
+    if unit == "batch_tokens":
+        if size % tokens_per_sample:
+            near = max(1, round(size / tokens_per_sample)) * tokens_per_sample
+            raise ValueError(
+                f"batch_tokens={size} -> a sample has datamodule.sequence_length="
+                f"{tokens_per_sample} tokens, which does not divide it -> "
+                f"the nearest that fits is batch_tokens={near}"
+            )
+        size //= tokens_per_sample
+
+    limit, amount = _only_one(
+        config, ("max_tokens", "max_samples", "max_steps"), "the run's length"
+    )
+    samples = {"max_tokens": amount // tokens_per_sample, "max_samples": amount}
+    max_steps = samples.get(limit, amount * size) // size
+    if max_steps < 1:
+        raise ValueError(
+            f"{limit}={amount} -> that is less than one optimizer step of {size} samples "
+            f"({size * tokens_per_sample} tokens) -> raise {limit} or lower {unit}"
+        )
+    accum = grad_accum(size, config["micro_batch"], world_size)
+    micro_batch = size // (world_size * accum)
+    return RunPlan(size, max_steps * size, max_steps, tokens_per_sample, micro_batch, accum)
+
+
+def grad_accum(batch_samples: int, micro_batch: int | None, world_size: int) -> int:
+    """Forward passes that each rank makes per optimizer step.
+
+    Args:
+        batch_samples: Samples per optimizer step over all ranks.
+        micro_batch: Samples per rank and forward pass; None for a rank's whole share at once.
+        world_size: Number of ranks.
+
+    Raises:
+        ValueError: `batch_samples` is not a multiple of `micro_batch * world_size`.
+    """
+    if batch_samples % world_size:
+        fitting = [size for size in range(1, batch_samples + 1) if batch_samples % size == 0]
+        raise ValueError(
+            f"trainer.devices x cluster.nodes = {world_size} ranks -> a global batch of "
+            f"{batch_samples} samples does not divide among them -> use a number of ranks out of "
+            f"{fitting}, or a batch_samples that is a multiple of {world_size}"
+        )
+    share = batch_samples // world_size
+    if micro_batch is None:
+        return 1
+    if micro_batch < 1 or share % micro_batch:
+        fitting = [size for size in range(1, share + 1) if share % size == 0]
+        raise ValueError(
+            f"micro_batch={micro_batch} -> each of {world_size} rank(s) has {share} of the "
+            f"{batch_samples} samples of a step, which micro_batch does not divide -> "
+            f"use one of micro_batch={fitting}"
+        )
+    return share // micro_batch
+
+
+def _only_one(config: Mapping[str, Any], keys: tuple[str, ...], what: str) -> tuple[str, int]:
+    given = {key: config[key] for key in keys if config[key] is not None}
+    if len(given) != 1:
+        chosen = ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing"
+        raise ValueError(
+            f"{chosen} -> {what} must be given by exactly one of {', '.join(keys)} -> "
+            f"set one and leave the others at null"
+        )
+    key, value = next(iter(given.items()))
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key}={value!r} -> {what} is a whole number above 0 -> give one")
+    return key, value

@@ -1,0 +1,125 @@
+"""One Lightning Trainer from a run's configuration."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import Strategy
+
+from trainers.activation_checkpointing import ActivationCheckpointing
+from trainers.callbacks.checkpointing import Checkpointing
+from trainers.callbacks.preemption import Preemption
+from trainers.callbacks.previews import Previews
+from trainers.callbacks.progress import ProgressBar
+from trainers.callbacks.randomness import KeyedRandomness
+from trainers.callbacks.same_start import SameStart
+from trainers.callbacks.step_metrics import StepMetrics
+from trainers.checkpoint import CheckpointDirectory
+from trainers.compat import resolve_precision
+from trainers.metrics import JsonLines, StampedLogger
+
+LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def build_trainer(
+    config: Mapping[str, Any],
+    directory: Path,
+    *,
+    world_size: int,
+    resume_step: int,
+    strategy: Strategy | str,
+    loggers: list[Logger],
+    callbacks: list[Callback],
+) -> lightning.Trainer:
+    """Put a run's Trainer together.
+
+    Progress is the optimizer step; one Lightning epoch is the whole run, and passes over the data
+    are the stream's affair (`docs/decisions.md`).
+
+    Args:
+        config: The run's resolved configuration (`conf/train.yaml`).
+        directory: The run directory.
+        world_size: Number of ranks.
+        resume_step: Step of the checkpoint that the run continues from; 0 at the start.
+        strategy: A Lightning strategy, or `auto` for one device.
+        loggers: Loggers beside `metrics.jsonl`.
+        callbacks: The user's own, run before ours.
+    """
+    plan, options = config["plan"], config["trainer"]
+    metrics = StepMetrics(
+        log_every_steps=options["log_every_steps"],
+        batch_samples=plan["batch_samples"],
+        tokens_per_sample=plan["tokens_per_sample"],
+    )
+    checkpointing = Checkpointing(directory / "checkpoints", **config["checkpoints"])
+    loggers = [JsonLines(directory / "metrics.jsonl", resume_step=resume_step), *loggers]
+    trainer = lightning.Trainer(
+        accelerator=resolve_accelerator(options["accelerator"]),
+        devices=world_size // config["cluster"]["nodes"],
+        num_nodes=config["cluster"]["nodes"],
+        strategy=strategy,
+        precision=LIGHTNING_PRECISION[resolve_precision(config)],  # pyright: ignore[reportArgumentType]
+        max_epochs=1,
+        max_steps=plan["max_steps"],
+        accumulate_grad_batches=plan["grad_accum"],
+        gradient_clip_val=config["module"]["optimizer"]["gradient_clip"],
+        val_check_interval=options["val_every_steps"] * plan["grad_accum"],
+        check_val_every_n_epoch=None,
+        limit_val_batches=options["limit_val_batches"],
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        deterministic=options["deterministic"],
+        profiler=options["profiler"],
+        plugins=[CheckpointDirectory(_manifest_facts(config, world_size))],
+        logger=loggers,
+        callbacks=[
+            *callbacks,
+            SameStart(config, resume_step=resume_step),
+            KeyedRandomness(seed=config["seed"]),
+            ActivationCheckpointing(config["activation_checkpointing"]),
+            Previews(directory / "samples"),
+            checkpointing,
+            metrics,
+            ProgressBar(metrics),
+            Preemption(checkpointing),
+        ],
+        default_root_dir=directory,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    _stamp_rows(trainer, loggers, plan)
+    return trainer
+
+
+def resolve_accelerator(accelerator: str) -> str:
+    """`auto` is CUDA where there is a device, the CPU elsewhere."""
+    if accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return accelerator
+
+
+def _manifest_facts(config: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+    return {
+        "run": config["run"]["name"],
+        "strategy": config["strategy"]["name"],
+        "world_size": world_size,
+        "data_digest": config["data"].get("digest"),
+    }
+
+
+def _stamp_rows(trainer: lightning.Trainer, loggers: list[Logger], plan: Mapping[str, int]) -> None:
+    def stamp() -> dict[str, float]:
+        samples = trainer.global_step * plan["batch_samples"]
+        epoch = getattr(trainer.datamodule, "epoch", 0)  # type: ignore[attr-defined]
+        tokens = samples * plan["tokens_per_sample"]
+        return {"step": trainer.global_step, "samples": samples, "tokens": tokens, "epoch": epoch}
+
+    for logger in loggers:
+        if isinstance(logger, StampedLogger):
+            logger.stamp = stamp

@@ -1,0 +1,144 @@
+"""When a run saves, what it keeps, and how it is picked up again."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from trainers.checkpoint import list_checkpoints, read_last, write_atomically
+
+
+class Checkpointing(Callback):
+    """Saves at optimizer-step boundaries: every so often, at the best validation, and at the end.
+
+    `last` names the newest checkpoint and moves only when its bytes are durable; `best` names the
+    one with the lowest `monitor`. Where validation is due at the same step, saving waits for it, so
+    that a resumed run neither repeats nor misses a validation.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        every_steps: int | None,
+        every_minutes: float | None,
+        keep_last: int,
+        keep_every_steps: int | None,
+        monitor: str,
+    ):
+        """Take the policy.
+
+        Args:
+            directory: Where the checkpoints of the run live.
+            every_steps: Save every this many optimizer steps; None for not by steps.
+            every_minutes: Save when this many minutes have passed; None for not by time.
+            keep_last: Newest checkpoints to keep; others are deleted unless kept for a reason.
+            keep_every_steps: Keep those at multiples of this many steps for good; None for none.
+            monitor: Validation metric, lower is better, that decides `best`.
+        """
+        self.directory = Path(directory)
+        self.every_steps = every_steps
+        self.every_minutes = every_minutes
+        self.keep_last = keep_last
+        self.keep_every_steps = keep_every_steps
+        self.monitor = monitor
+        self._saved_at = time.monotonic()
+        self._saved_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from here."""
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write down the accumulation that Lightning's batch counters are in."""
+        checkpoint["grad_accum"] = trainer.accumulate_grad_batches
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Bring Lightning's batch counters into this launch's accumulation.
+
+        They count micro-batches of a rank, whose size changes with the world size. Left alone,
+        validation would fall on the wrong steps and the run would end early or late.
+        """
+        old, new = checkpoint["grad_accum"], trainer.accumulate_grad_batches
+        if old == new:
+            return
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            behind = counts["processed"] - counts["completed"]  # 1 when saved at the batch's end
+            for key in ("ready", "started", "processed"):
+                counts[key] = counts[key] * new // old
+            counts["completed"] = counts["processed"] - behind
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time; make the run's last step one that validates."""
+        accum = trainer.accumulate_grad_batches
+        if (batch_idx + 1) % accum:
+            return
+        every = trainer.val_check_batch or batch_idx + 1
+        if trainer.global_step >= trainer.max_steps:
+            every = trainer.val_check_batch = batch_idx + 1
+        validates = trainer.limit_val_batches and (batch_idx + 1) % every == 0
+        if not validates and self._is_due(trainer):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after a validation that is the best so far, or that a due save has waited for."""
+        if trainer.state.fn != "fit":
+            return
+        value = float(trainer.callback_metrics.get(self.monitor, float("inf")))
+        is_best = value < self._best_value()
+        if is_best or self._is_due(trainer):
+            self.save(trainer)
+        if is_best and trainer.is_global_zero:
+            best = {"checkpoint": _name(trainer), "metric": self.monitor, "value": value}
+            write_atomically(self.directory / "best", json.dumps(best) + "\n")
+
+    def save(self, trainer: Trainer) -> None:
+        """Save now, on all ranks; nothing if this step is saved already."""
+        name = _name(trainer)
+        if read_last(self.directory) != name:
+            trainer.save_checkpoint(self.directory / name)
+            if trainer.is_global_zero:
+                write_atomically(self.directory / "last", name + "\n")
+                self._forget_old(trainer)
+            trainer.strategy.barrier("checkpoint")
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        step = trainer.global_step
+        if step >= trainer.max_steps:
+            return True
+        if self.every_steps and step // self.every_steps > self._saved_step // self.every_steps:
+            return True
+        if self.every_minutes is None:
+            return False
+        late = time.monotonic() - self._saved_at > 60 * self.every_minutes
+        return trainer.strategy.reduce_boolean_decision(late, all=False)
+
+    def _best_value(self) -> float:
+        best = self.directory / "best"
+        return json.loads(best.read_text())["value"] if best.exists() else float("inf")
+
+    def _forget_old(self, trainer: Trainer) -> None:
+        best = self.directory / "best"
+        kept = {_name(trainer)}  # not the highest step after going back to an older checkpoint
+        if best.exists():
+            kept.add(json.loads(best.read_text())["checkpoint"])
+        checkpoints = list_checkpoints(self.directory)
+        for path in checkpoints[: -self.keep_last]:
+            step = int(path.name.removeprefix("step-"))
+            is_kept = self.keep_every_steps and step % self.keep_every_steps == 0
+            if path.name not in kept and not is_kept:
+                trainer.strategy.checkpoint_io.remove_checkpoint(path)
+
+
+def _name(trainer: Trainer) -> str:
+    return f"step-{trainer.global_step:08d}"

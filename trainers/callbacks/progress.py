@@ -1,0 +1,103 @@
+"""The live progress bar."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as TimeLeftColumn
+
+from trainers.callbacks.step_metrics import StepMetrics
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class ProgressBar(Callback):
+    """One bar for the run in optimizer steps: loss, validation loss, tokens/s, time left.
+
+    Where the output is no terminal, a plain line every 10 seconds says the same.
+    """
+
+    def __init__(self, metrics: StepMetrics, console: Console | None = None):
+        """Take the callback that measures."""
+        self.metrics = metrics
+        self.console = console or Console()
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._validation = ""
+        self._printed_at = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar, from where the run continues."""
+        if not trainer.is_global_zero:
+            return
+        self._started = (time.monotonic(), trainer.global_step)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeLeftColumn(elapsed_when_finished=False),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(
+            "training", total=trainer.max_steps, completed=trainer.global_step, text=""
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar."""
+        if self._progress is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self._progress.update(self._task, completed=trainer.global_step, text=self._text())
+        self._print_line(trainer)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Say that validation is under way."""
+        if self._progress is not None and batch_idx % 10 == 0:
+            total = trainer.num_val_batches[dataloader_idx]
+            self._progress.update(self._task, text=f"validating {batch_idx}/{total}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the validation loss in sight."""
+        loss = trainer.callback_metrics.get("val/loss")
+        if self._progress is not None and loss is not None:
+            self._validation = f" val {float(loss):.3f}"
+            self._progress.update(self._task, text=self._text())
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the terminal as it was."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _text(self) -> str:
+        latest = self.metrics.latest
+        if not latest:
+            return ""
+        speed = latest["perf/tokens_per_s"]
+        return f"loss {latest['train/loss']:.3f}{self._validation} {speed:,.0f} tokens/s"
+
+    def _print_line(self, trainer: Trainer) -> None:
+        now = time.monotonic()
+        step, total = trainer.global_step, trainer.max_steps
+        is_quiet = now - self._printed_at < SECONDS_BETWEEN_LINES and step < total
+        if self.console.is_terminal or is_quiet:
+            return
+        self._printed_at = now
+        started_at, started_step = self._started
+        left = (now - started_at) / max(step - started_step, 1) * (total - step)
+        self.console.print(f"step {step}/{total} {self._text()} {left:.0f} s left", soft_wrap=True)

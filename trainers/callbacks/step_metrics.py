@@ -1,0 +1,156 @@
+"""What a run reports while it trains: losses, learning rate, throughput, memory."""
+
+import math
+import resource
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+# Dense peak of matrix products in bf16, FLOP/s, from the makers' data sheets.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "V100": 125e12,
+}
+
+
+class StepMetrics(Callback):
+    """Averages what `training_step` returns over micro-batches and ranks, and logs it.
+
+    Reads every `train/<name>` of the step's dictionary, and `loss` where it has no `train/loss`.
+    Logs besides `train/lr`, `train/grad_norm` (before clipping), `perf/samples_per_s`,
+    `perf/tokens_per_s`, `perf/data_wait_s` (seconds of the interval spent waiting for data),
+    `perf/peak_memory_mib` and, where the device's peak is known, `perf/mfu`:
+
+        model FLOPs utilisation = flops_per_sample * samples_per_s / (ranks * peak FLOP/s)
+
+    with `flops_per_sample` from the module (forward and backward, attention counted as causal).
+    The clock stands still during validation. Between two rows nothing is read back from the
+    device and ranks exchange nothing.
+
+    Raises:
+        FloatingPointError: The loss is not finite; the run ends there rather than train on.
+    """
+
+    def __init__(self, *, log_every_steps: int, batch_samples: int, tokens_per_sample: int):
+        """Remember how often to log and what a step counts for."""
+        self.log_every_steps = log_every_steps
+        self.batch_samples = batch_samples
+        self.tokens_per_sample = tokens_per_sample
+        self.latest: dict[str, float] = {}
+        self.total_samples, self.total_seconds = 0, 0.0
+        self._sums: dict[str, torch.Tensor] = {}
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Mean over the training time of this process, start-up and validation left out."""
+        return self.total_samples * self.tokens_per_sample / max(self.total_seconds, 1e-9)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._mark, self._marked_step = time.perf_counter(), trainer.global_step
+        self._marked_wait = self._seconds_waited(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._paused_at = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the clock go on."""
+        if trainer.state.fn == "fit":
+            self._mark += time.perf_counter() - self._paused_at
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Take the norm of the whole gradient, before clipping, where this step is logged."""
+        if self._logs_step(trainer, trainer.global_step + 1):
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add up this micro-batch where its step is logged; log after the step's last one."""
+        accum = trainer.accumulate_grad_batches
+        step = batch_idx // accum + 1
+        if not self._logs_step(trainer, step):
+            return
+        # Lightning has divided `loss` by the number of micro-batches, and nothing else.
+        values = {"train/loss": outputs["loss"] * accum} | outputs
+        for key, value in values.items():
+            if key.startswith("train/"):
+                self._sums[key] = self._sums.get(key, 0) + value.detach() / accum
+        if (batch_idx + 1) % accum == 0:
+            self._log(trainer, pl_module, step)
+
+    def _logs_step(self, trainer: Trainer, step: int) -> bool:
+        return step % self.log_every_steps == 0 or step in (1, trainer.max_steps)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        means = trainer.strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="mean")
+        row = dict(zip(self._sums, means.tolist(), strict=True))
+        self._sums = {}
+        if not math.isfinite(row["train/loss"]):
+            raise FloatingPointError(
+                f"train/loss={row['train/loss']} at step {step} -> the run diverged -> lower "
+                f"module.optimizer.lr or lengthen the warm-up, and continue from a checkpoint"
+            )
+        optimizer = trainer.optimizers[0]
+        row["train/lr"] = optimizer.param_groups[0]["lr"]
+        row["train/grad_norm"] = float(self._gradient_norm)
+        row |= self._throughput(trainer, pl_module, step)
+        self.latest = row
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step)
+
+    def _throughput(
+        self, trainer: Trainer, pl_module: LightningModule, step: int
+    ) -> dict[str, float]:
+        now, waited = time.perf_counter(), self._seconds_waited(trainer)
+        seconds, samples = now - self._mark, (step - self._marked_step) * self.batch_samples
+        wait = waited - self._marked_wait
+        self._mark, self._marked_step, self._marked_wait = now, step, waited
+        self.total_samples += samples
+        self.total_seconds += seconds
+        row = {
+            "perf/samples_per_s": samples / seconds,
+            "perf/tokens_per_s": samples * self.tokens_per_sample / seconds,
+            "perf/data_wait_s": wait,
+            "perf/peak_memory_mib": peak_memory_mib(pl_module.device),
+        }
+        peak, flops_per_sample = peak_flops(pl_module.device), _flops_per_sample(pl_module)
+        if peak and flops_per_sample:
+            flops_per_s = flops_per_sample * samples / seconds
+            row["perf/mfu"] = flops_per_s / (trainer.world_size * peak)
+        return row
+
+    def _seconds_waited(self, trainer: Trainer) -> float:
+        return getattr(trainer.datamodule, "seconds_waited", 0.0)  # type: ignore[attr-defined]
+
+
+def _flops_per_sample(module: Any) -> float | None:
+    return module.flops_per_sample() if hasattr(module, "flops_per_sample") else None
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a known GPU in FLOP/s; None for other devices."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name.split()), None)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Highest memory so far in MiB: the allocator's on a GPU, the process's resident set on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,107 @@
+"""Weights & Biases by its own client. Imported only with `logger=wandb`."""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from trainers.checkpoint import write_atomically
+from trainers.metrics import StampedLogger
+
+
+class WandbLogger(StampedLogger):
+    """One W&B run per run directory, however often it is stopped and continued.
+
+    The id is kept in `wandb.json` beside the configuration and given to every start, and every row
+    carries its optimizer step explicitly, so that a continued run goes on where it stopped; the
+    x-axis is `samples` (`tokens` is there to choose). Without an API key the client works offline
+    and makes one directory per start under `<run directory>/wandb`, all with the same id.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        run_config: Mapping[str, Any],
+        project: str,
+        entity: str | None,
+        group: str | None,
+        tags: list[str],
+        mode: str | None,
+    ):
+        """Take what `wandb.init` needs; `mode` None is online with an API key, else offline."""
+        super().__init__()
+        self.directory = Path(directory)
+        self.run_config, self.project, self.entity = dict(run_config), project, entity
+        self.group, self.tags = group, tags
+        self.mode = mode or ("online" if _has_api_key() else "offline")
+        self._run: Any = None
+
+    @property
+    def name(self) -> str:
+        """The project's name."""
+        return self.project
+
+    @property
+    def version(self) -> str:
+        """The W&B run's id, made on the first start and kept in the run directory."""
+        path = self.directory / "wandb.json"
+        if not path.exists():
+            write_atomically(path, json.dumps({"id": secrets.token_hex(4)}) + "\n")
+        return json.loads(path.read_text())["id"]
+
+    @property
+    def experiment(self) -> Any:
+        """The client's run; Lightning asks for it before training, which starts it."""
+        return self._start()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log a row at the run's optimizer step."""
+        stamp = self.stamp()
+        self.experiment.log(dict(metrics) | stamp, step=int(stamp["step"]))
+
+    @rank_zero_only
+    def log_table(self, key: str, rows: list[dict[str, str]]) -> None:
+        """Log rows of text as a table."""
+        if rows:
+            data = [list(row.values()) for row in rows]
+            table = wandb.Table(columns=[*rows[0]], data=data)
+            stamp = self.stamp()
+            self.experiment.log({key: table} | stamp, step=int(stamp["step"]))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Close the client's run; `failed` marks it so."""
+        if self._run is not None:
+            self._run.finish(exit_code=int(status == "failed"))
+            self._run = None
+
+    @rank_zero_only
+    def _start(self) -> Any:
+        if self._run is None:
+            self._run = wandb.init(
+                dir=self.directory,
+                id=self.version,
+                resume="allow",
+                name=self.directory.name,
+                project=self.project,
+                entity=self.entity,
+                group=self.group,
+                tags=self.tags,
+                config=self.run_config,
+                mode=self.mode,  # pyright: ignore[reportArgumentType]
+                settings=wandb.Settings(silent=True),
+            )
+            self._run.define_metric("samples", hidden=True)
+            self._run.define_metric("*", step_metric="samples")
+        return self._run
+
+
+def _has_api_key() -> bool:
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)

@@ -1,0 +1,115 @@
+"""Which settings can go together, checked before a device is touched. One table, one message form.
+
+Every rule reads the composed configuration and the machine, and answers with a message
+`key=value -> why it cannot work -> what to change`, or with None.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from trainers.activation_checkpointing import ActivationCheckpointing
+
+PRECISIONS = ("fp32", "bf16", "fp16", "auto")
+ACCELERATORS = ("auto", "cpu", "cuda")
+
+Rule = Callable[[Mapping[str, Any], int], str | None]
+
+
+def check(config: Mapping[str, Any], world_size: int) -> None:
+    """Apply every rule.
+
+    Args:
+        config: The composed configuration.
+        world_size: Ranks that will run.
+
+    Raises:
+        ValueError: The first rule that is broken, in the order of `RULES`.
+    """
+    for rule in RULES:
+        if message := rule(config, world_size):
+            raise ValueError(message)
+    ActivationCheckpointing(config["activation_checkpointing"])
+
+
+def resolve_precision(config: Mapping[str, Any]) -> str:
+    """`auto` is bf16 where the matrix units have it (CUDA, CPUs with AMX), else fp32."""
+    if config["precision"] != "auto":
+        return config["precision"]
+    if _uses_cuda(config):
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def _known_precision(config: Mapping[str, Any], world_size: int) -> str | None:
+    if config["precision"] in PRECISIONS:
+        return None
+    return f"precision={config['precision']} -> unknown -> use one of {', '.join(PRECISIONS)}"
+
+
+def _known_accelerator(config: Mapping[str, Any], world_size: int) -> str | None:
+    accelerator = config["trainer"]["accelerator"]
+    if accelerator not in ACCELERATORS:
+        names = ", ".join(ACCELERATORS)
+        return f"trainer.accelerator={accelerator} -> unknown -> use one of {names}"
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        return (
+            "trainer.accelerator=cuda -> torch sees no CUDA device on this machine -> "
+            "use trainer.accelerator=auto, or look at `nvidia-smi` and the installed torch"
+        )
+    return None
+
+
+def _enough_devices(config: Mapping[str, Any], world_size: int) -> str | None:
+    devices = config["trainer"]["devices"]
+    if not isinstance(devices, int) or devices < 1:
+        return f"trainer.devices={devices} -> a number of devices per node -> use 1 or more"
+    if _uses_cuda(config) and devices > torch.cuda.device_count():
+        return (
+            f"trainer.devices={devices} -> this machine has {torch.cuda.device_count()} CUDA "
+            f"device(s) -> lower it, or use trainer.accelerator=cpu"
+        )
+    return None
+
+
+def _single_is_alone(config: Mapping[str, Any], world_size: int) -> str | None:
+    if config["strategy"]["name"] != "single" or world_size == 1:
+        return None
+    return (
+        f"strategy=single -> it drives one device and there are {world_size} ranks "
+        f"(trainer.devices x cluster.nodes) -> use strategy=ddp"
+    )
+
+
+def _fp16_has_loss_scaling(config: Mapping[str, Any], world_size: int) -> str | None:
+    if config["precision"] != "fp16" or _uses_cuda(config):
+        return None
+    return "precision=fp16 -> loss scaling needs a CUDA device -> use precision=bf16 or fp32"
+
+
+def _validates_within_run(config: Mapping[str, Any], world_size: int) -> str | None:
+    for key in ("val_every_steps", "log_every_steps"):
+        value = config["trainer"][key]
+        if not isinstance(value, int) or value < 1:
+            return f"trainer.{key}={value} -> a number of optimizer steps -> use 1 or more"
+    if config["checkpoints"]["keep_last"] < 1:
+        return (
+            f"checkpoints.keep_last={config['checkpoints']['keep_last']} -> nothing would be left "
+            f"to resume from -> use 1 or more"
+        )
+    return None
+
+
+def _uses_cuda(config: Mapping[str, Any]) -> bool:
+    return config["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available()
+
+
+RULES: tuple[Rule, ...] = (
+    _known_precision,
+    _known_accelerator,
+    _enough_devices,
+    _single_is_alone,
+    _fp16_has_loss_scaling,
+    _validates_within_run,
+)

@@ -1,0 +1,1 @@
+"""The strategies behind `strategy=`: names to Lightning strategies."""
