@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from datamodules.index import digest_bytes, write_atomically, write_index
 from datamodules.sources import (
     STDLIB,
@@ -26,7 +29,15 @@ from datamodules.sources import (
     read_documents,
 )
 from datamodules.tokenization import BPE, BYTE, CHAR, build_tokenizer, load_tokenizer
-from datamodules.units import SPLITS, UnitTask, encode_units, merge_units, split_of, token_dtype
+from datamodules.units import (
+    SPLITS,
+    MergedSplit,
+    UnitTask,
+    encode_units,
+    merge_units,
+    split_of,
+    token_dtype,
+)
 
 FORMAT_VERSION = 1
 TOKENIZER_FILE, FACTS_FILE, UNITS_FOLDER = "tokenizer.json", "dataset.json", "units"
@@ -52,15 +63,21 @@ class PreparedData:
     path: Path
     facts: dict[str, Any]
 
-    def summary(self) -> str:
-        """Describe the data in a line per split, and where it lies."""
-        lines = [
-            f"{split}: {self.facts['documents'][split]:,} documents, "
-            f"{self.facts['tokens'][split]:,} tokens of {self.facts['bytes_per_token'][split]:.2f} "
-            f"bytes, {shards} shards"
-            for split, shards in self.facts["shards"].items()
-        ]
-        return "\n".join([*lines, f"vocabulary: {self.facts['vocab_size']:,}", str(self.path)])
+    def print_summary(self) -> None:
+        """Print what each split holds, the size of the vocabulary, and where the data lies."""
+        table = Table("split", "documents", "tokens", "bytes a token", "shards")
+        for split, num_shards in self.facts["shards"].items():
+            table.add_row(
+                split,
+                f"{self.facts['documents'][split]:,}",
+                f"{self.facts['tokens'][split]:,}",
+                f"{self.facts['bytes_per_token'][split]:.2f}",
+                str(num_shards),
+            )
+        console = Console()
+        console.print(table)
+        console.print(f"vocabulary: {self.facts['vocab_size']:,} tokens")
+        console.print(f"path: {self.path}", soft_wrap=True, highlight=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,19 +180,19 @@ class Corpus:
         path.mkdir(parents=True, exist_ok=True)
         for leftover in path.rglob("*.tmp"):
             leftover.unlink()
-        fractions = {
-            "train": 1 - self.val_fraction - self.test_fraction,
-            "val": self.val_fraction,
-            "test": self.test_fraction,
-        }
+        train_fraction = 1 - self.val_fraction - self.test_fraction
+        shares = (train_fraction, self.val_fraction, self.test_fraction)
+        fractions = dict(zip(SPLITS, shares, strict=True))
         pieces = plan_units(
             files, int(self.shard_mb * 2**20), fractions if self._is_one_document else None
         )
         if not (path / TOKENIZER_FILE).exists():
             self._build_tokenizer(pieces, path / TOKENIZER_FILE)
         tokenizer = load_tokenizer(path / TOKENIZER_FILE)
+        # Numbers of an existing vocabulary may have gaps, so that counting them is not enough.
+        vocab_size = max(tokenizer.get_vocab().values()) + 1
         end_token = None if self._is_one_document else tokenizer.token_to_id(self.end_token)
-        dtype = token_dtype(tokenizer.get_vocab_size())
+        dtype = token_dtype(vocab_size)
         tasks = [
             UnitTask(
                 number=number,
@@ -197,22 +214,28 @@ class Corpus:
         self._check_splits(merged, fractions)
         for split, dataset in merged.items():
             write_index(path / split, tokenizer=f"../{TOKENIZER_FILE}", **dataset.index)
-        facts = {
-            "digest": digest,
-            "vocab_size": tokenizer.get_vocab_size(),
-            "end_token": end_token,
-            "bytes_per_token": _per_split(merged, lambda text: text["bytes"] / text["tokens"]),
-            "documents": _per_split(
-                merged, lambda text: 1 if self._is_one_document else text["documents"]
-            ),
-            "tokens": _per_split(merged, lambda text: text["tokens"]),
-            "bytes": _per_split(merged, lambda text: text["bytes"]),
-            "shards": {split: len(merged[split].index["shards"]) for split in merged},
-            "settings": {"path": self.path, **self._settings()},
-        }
+        facts = {"digest": digest, "vocab_size": vocab_size, "end_token": end_token}
+        facts |= self._count(merged)
         # Last, since its presence says that the rest is complete.
         write_atomically(path / FACTS_FILE, json.dumps(facts, indent=1).encode() + b"\n")
         shutil.rmtree(path / UNITS_FOLDER)
+
+    def _count(self, merged: dict[str, MergedSplit]) -> dict[str, Any]:
+        """Collect the facts by split; None where there is no such split, so that keys stay."""
+        texts = {split: merged[split].text if split in merged else None for split in SPLITS}
+        if self._is_one_document:
+            texts = {split: text and {**text, "documents": 1} for split, text in texts.items()}
+        return {
+            "bytes_per_token": {
+                s: text and text["bytes"] / text["tokens"] for s, text in texts.items()
+            },
+            **{
+                name: {split: text and text[name] for split, text in texts.items()}
+                for name in ("documents", "tokens", "bytes")
+            },
+            "shards": {split: len(part.index["shards"]) for split, part in merged.items()},
+            "settings": {"path": self.path, **self._settings()},
+        }
 
     def _build_tokenizer(self, units: list[list[Piece]], path: Path) -> None:
         total = sum(piece.num_bytes for unit in units for piece in unit)
@@ -237,7 +260,7 @@ class Corpus:
         )
         write_atomically(path, tokenizer.to_str(pretty=True).encode())
 
-    def _check_splits(self, merged: dict[str, Any], fractions: dict[str, float]) -> None:
+    def _check_splits(self, merged: dict[str, MergedSplit], fractions: dict[str, float]) -> None:
         for split in SPLITS:
             if fractions[split] > 0 and split not in merged:
                 what = "1 - the others" if split == "train" else fractions[split]
@@ -246,11 +269,6 @@ class Corpus:
                     f"-> raise the fraction, change corpus.seed={self.seed}, or take a larger "
                     "corpus"
                 )
-
-
-def _per_split(merged: dict[str, Any], value: Any) -> dict[str, Any]:
-    """Evaluate each split's counts; None where there is no such split, so that keys stay equal."""
-    return {s: value(merged[s].text) if s in merged else None for s in SPLITS}
 
 
 def _digest_tokenizer(path: str) -> str | None:

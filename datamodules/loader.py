@@ -48,17 +48,20 @@ class SampleSource(Protocol):
         """
         ...
 
-    def batch(self, addresses: Int64Array, num_samples: int) -> Any:
-        """Read addresses into a batch; samples from `num_samples` on only pad it."""
+    def batches(self, addresses: Int64Array) -> Iterator[Any]:
+        """Read planned micro-batches [batches, micro_batch, ...], several at a time if it pays."""
+        ...
+
+    def pad(self, batch: Any, num_samples: int) -> None:
+        """Turn the samples of a batch from `num_samples` on into ones that predict nothing."""
         ...
 
 
 class TrainLoader:
     """The whole training run as one iterable of micro-batches, spanning all its epochs.
 
-    Its length is the run's total on this rank, also after a resume. The state methods are not
-    called `state_dict`, so that Lightning's combined loader, which would drop the state in some
-    orders of calls, leaves them to the datamodule.
+    Its state methods are not called `state_dict`, so that Lightning's combined loader, which loses
+    the state in some orders of calls, leaves them to the datamodule.
 
     Args:
         source: the samples.
@@ -97,7 +100,7 @@ class TrainLoader:
                 f"{world_size} ranks -> change one of the three"
             )
         lanes = count_lanes(batch_samples)
-        if lanes % world_size:
+        if lanes % world_size and rank == 0:
             log.warning(
                 "batch_samples=%d gives %d lanes, not a multiple of %d ranks: the data is the "
                 "same, but blocks are read by several ranks",
@@ -224,7 +227,9 @@ class EvaluationLoader:
             blocks = np.searchsorted(self._block_ends, samples, side="right")
             before = self._block_ends[blocks] - self._source.samples_per_block[blocks]
             addresses = self._source.plan(None, blocks, samples - before)
-            yield self._source.batch(addresses, num_samples)
+            (batch,) = self._source.batches(addresses[None])
+            self._source.pad(batch, num_samples)
+            yield batch
 
 
 class _TrainBatches(IterableDataset):
@@ -254,8 +259,7 @@ class _TrainBatches(IterableDataset):
         planned = max(1, _PLANNED_SAMPLES // self._micro_batch) * step
         for start in range(first, self.last, planned):
             numbers = np.arange(start, min(start + planned, self.last), step)
-            for addresses in self._plan(numbers):
-                yield self._source.batch(addresses, self._micro_batch)
+            yield from self._source.batches(self._plan(numbers))
 
     def _plan(self, numbers: Int64Array) -> Int64Array:
         """Resolve the samples of micro-batches; int64 [batches, micro_batch, ...]."""

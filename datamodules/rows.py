@@ -8,6 +8,8 @@ each epoch and chunk from the tokens left over, so that epochs do not cut the te
 places. In evaluation it is 0.
 """
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,9 @@ from datamodules.order import Int64Array, hash_key, splitmix64
 from datamodules.reader import ShardReader
 
 _PHASES = 3  # purpose of the key, next to those of `datamodules.order`
+
+_READ_TOKENS = 2**18
+"""Tokens copied in one go, which spares small batches the cost of a call per shard."""
 
 _CACHED_ENDS = 4096
 """Chunks whose document ends are kept at hand: 2 GiB of text at 1 MiB a chunk."""
@@ -69,7 +74,7 @@ class TextRows:
         # as chunks are met.
         self._shard = np.full(len(lengths), -1)
         self._start = np.zeros(len(lengths), np.int64)
-        self._ends: dict[int, NDArray[np.uint32]] = {}
+        self._ends: dict[int, memoryview] = {}
 
     def plan(self, epoch: int | None, blocks: Int64Array, samples: Int64Array) -> Int64Array:
         """Resolve rows into (shard, first token in it, chunk), int64 [n, 3].
@@ -91,20 +96,36 @@ class TextRows:
             starts += (draws % (self._slack[blocks] + 1).astype(np.uint64)).astype(np.int64)
         return np.stack([self._shard[blocks], starts, blocks], axis=1)
 
-    def batch(self, addresses: Int64Array, num_samples: int) -> TextBatch:
-        """Read planned rows into a batch; rows from `num_samples` on predict nothing."""
-        shards, starts, chunks = addresses.T
+    def batches(self, addresses: Int64Array) -> Iterator[TextBatch]:
+        """Read planned rows [batches, B, 3] into batches."""
+        num_batches, num_rows, _ = addresses.shape
+        together = max(1, _READ_TOKENS // (num_rows * self._length))
+        for start in range(0, num_batches, together):
+            planned = addresses[start : start + together]
+            tokens = self._read(planned.reshape(-1, 3)).reshape(*planned.shape[:2], -1)
+            for own_addresses, own_tokens in zip(planned, tokens, strict=True):
+                yield self._batch(own_addresses, own_tokens)
+
+    def pad(self, batch: TextBatch, num_samples: int) -> None:
+        """Turn the rows from `num_samples` on into ones that predict nothing."""
+        batch["targets"][num_samples:] = IGNORED
+
+    def _read(self, addresses: Int64Array) -> NDArray:
+        """Copy rows out of the shards, [n, T + 1]."""
+        shards, starts, _ = addresses.T
         tokens = np.empty((len(addresses), self._length + 1), self._dtype)
         for shard in set(shards.tolist()):
             rows = shards == shard
             tokens[rows] = self._every_row(shard)[starts[rows]]
-        targets = tokens[:, 1:].astype(np.int64)
-        targets[num_samples:] = IGNORED
+        return tokens
+
+    def _batch(self, addresses: Int64Array, tokens: NDArray) -> TextBatch:
         batch = TextBatch(
             inputs=torch.from_numpy(tokens[:, :-1].astype(np.int64)),
-            targets=torch.from_numpy(targets),
+            targets=torch.from_numpy(tokens[:, 1:].astype(np.int64)),
         )
         if self._document_mask:
+            _, starts, chunks = addresses.T
             batch["documents"] = torch.from_numpy(self._documents(chunks, starts))
         return batch
 
@@ -115,21 +136,27 @@ class TextRows:
         return np.ndarray(shape, self._dtype, mapped, strides=(size, size))
 
     def _documents(self, chunks: Int64Array, starts: Int64Array) -> NDArray[np.int32]:
-        documents = np.zeros((len(chunks), self._length), np.int32)
+        opened = np.zeros((len(chunks), self._length), np.int32)
         places = (starts - self._start[chunks]).tolist()
-        for row, chunk, start in zip(documents, chunks.tolist(), places, strict=True):
+        for row, chunk, place in zip(opened, chunks.tolist(), places, strict=True):
             ends = self._document_ends(chunk)
-            first, last = np.searchsorted(ends, [start + 1, start + self._length])
-            row[ends[first:last] - start] = 1
-        return np.cumsum(documents, axis=1, dtype=np.int32)
+            # A row that begins with an end token begins the document which that opens.
+            first = bisect_right(ends, place)
+            for end in ends[first : bisect_left(ends, place + self._length, first)]:
+                row[end - place] = 1
+        return np.cumsum(opened, axis=1, dtype=np.int32)
 
-    def _document_ends(self, chunk: int) -> NDArray[np.uint32]:
+    def _document_ends(self, chunk: int) -> memoryview:
         if (ends := self._ends.get(chunk)) is None:
             if len(self._ends) >= _CACHED_ENDS:
                 self._ends.clear()
             sample = self._reader.sample(chunk)
             dtype, offset, count = self._reader.array(sample, "ends.npy")
-            mapped = self._reader.shard(sample.shard)
-            ends = np.frombuffer(mapped, dtype, count, offset).copy()
-            self._ends[chunk] = ends
+            stored = np.frombuffer(self._reader.shard(sample.shard), dtype, count, offset)
+            # Bisecting a row's few ends costs Python a tenth of what a call of numpy does.
+            ends = self._ends[chunk] = stored.astype(np.uint32).data
         return ends
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the cached views behind, which cannot be sent to another process."""
+        return {**self.__dict__, "_ends": {}}

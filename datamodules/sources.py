@@ -15,8 +15,8 @@ STDLIB = "builtin:stdlib"
 _STDLIB_EXCLUDED = {
     # Tests repeat themselves and each other; `encodings` holds near-identical tables, which would
     # leak from training into validation.
-    *("test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"),
-    *("turtledemo", "lib-dynload"),
+    *("test", "tests", "idle_test", "turtledemo", "encodings"),
+    *("site-packages", "dist-packages", "__pycache__"),
 }
 _LINE_SEARCH_BYTES = 2**16
 
@@ -58,18 +58,18 @@ def list_files(path: str, suffixes: list[str]) -> list[SourceFile]:
 
     Args:
         path: a file, a folder, or `builtin:stdlib`.
-        suffixes: endings of the files that count in a folder.
+        suffixes: endings of the files that count in a folder; hidden folders do not.
 
     Raises:
         ValueError: there is nothing at `path`, or nothing in it.
     """
     if path == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = list(_stdlib_files(root))
+        files = list(_walk(root, suffixes, _STDLIB_EXCLUDED))
     elif (root := Path(path)).is_file():
         files, root = [root], root.parent
     elif root.is_dir():
-        files = [f for f in root.rglob("*") if f.suffix in suffixes and f.is_file()]
+        files = list(_walk(root, suffixes, set()))
     else:
         raise ValueError(
             f"corpus.path={path} -> no such file or folder -> give a text file, a folder, a .jsonl "
@@ -153,11 +153,12 @@ def read_documents(piece: Piece, text_key: str) -> Iterator[str]:
     return (document for document in documents if document)
 
 
-def _stdlib_files(root: Path) -> Iterator[Path]:
+def _walk(root: Path, suffixes: list[str], excluded: set[str]) -> Iterator[Path]:
+    """Find files below a folder, outside of hidden and excluded folders."""
     for folder, folders, names in os.walk(root):
-        # Pruned in place, which keeps the walk out of site-packages.
-        folders[:] = [name for name in folders if name not in _STDLIB_EXCLUDED]
-        yield from (Path(folder, name) for name in names if name.endswith(".py"))
+        # Pruned in place, which keeps the walk out of large folders such as site-packages.
+        folders[:] = [n for n in folders if n not in excluded and not n.startswith(".")]
+        yield from (Path(folder, name) for name in names if Path(name).suffix in suffixes)
 
 
 def _cut_file(path: Path, unit_bytes: int) -> Iterator[Piece]:

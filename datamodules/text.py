@@ -1,5 +1,6 @@
 """Text for decoders: a corpus as a LightningDataModule whose stream resumes at the next sample."""
 
+import warnings
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -121,6 +122,8 @@ class TextDataModule(LightningDataModule):
         Raises:
             ValueError: the state belongs to another stream.
         """
+        # Lightning looks for state in the loader itself, and warns where it finds none.
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable", UserWarning)
         self._stream_state = state_dict
         if self._train_loader is not None:
             self._train_loader.restore(state_dict)

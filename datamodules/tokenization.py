@@ -58,10 +58,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def encode_parts(tokenizer: Tokenizer, text: str) -> Iterable[list[int]]:
-    """Encode a document, long ones in parts that end before the start of a line.
+    """Encode a document, long ones in parts.
 
-    A part ends after a newline that a visible character follows. Splitting there changes nothing
-    for the tokenizers that are built here: none of their tokens crosses such a place.
+    A part ends after a newline between two visible characters, where no token of the tokenizers
+    that are built here crosses, so splitting changes nothing for them. Text without such a place
+    is cut at the limit.
     """
     start = 0
     while start < len(text):
@@ -131,7 +132,7 @@ def _part_end(text: str, start: int) -> int:
     if limit >= len(text):
         return len(text)
     end = limit
-    while (end := text.rfind("\n", start, end)) >= 0:
-        if not text[end + 1].isspace():
+    while (end := text.rfind("\n", start + 1, end)) >= 0:
+        if not text[end - 1].isspace() and not text[end + 1].isspace():
             return end + 1
     return limit

@@ -133,22 +133,24 @@ class RunDirectory:
         if path is not None:
             verify(path)
 
-    def lock(self) -> Any:
-        """Hold the run for this process; give the file to keep open.
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process.
 
         Raises:
             ValueError: Another process is training this run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        file = (self.path / ".lock").open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(
-                f"run.name={self.path.name} -> process {self.status.get('pid')} is training it now "
-                f"({self.path}) -> wait for it, stop it, or choose another run.name"
-            ) from error
-        return file
+        with (self.path / ".lock").open("a") as file:
+            try:
+                # A record lock: loader workers that outlive a killed run do not inherit it.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ValueError(
+                    f"run.name={self.path.name} -> process {self.status.get('pid')} is training it "
+                    f"now ({self.path}) -> wait for it, stop it, or choose another run.name"
+                ) from error
+            yield
 
     def accept(self, config: DictConfig) -> None:
         """Write `config` as the run's, if it continues what is there or nothing is saved yet.

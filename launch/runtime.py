@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import hydra
 import hydra.utils
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from launch.run_directory import RunDirectory
 
@@ -78,6 +78,10 @@ def explain(error: BaseException, config_name: str) -> str | None:
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found[1]
         return f"{key} -> no such key -> {_suggest(key, _all_keys(config_name))}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} -> it has no value -> add {error.full_key}=<value>"
+    if isinstance(error, InstantiationException):
+        return None
     if isinstance(error, HydraException | OmegaConfBaseException):
         return f"the configuration does not compose -> {text.strip()} -> mend that override"
     return None
@@ -125,10 +129,9 @@ def build_loggers(config: DictConfig, directory: Path) -> list[Any]:
     """Loggers beside `metrics.jsonl`: none for `logger=none`, which then needs no import."""
     if "_target_" not in config.logger:
         return []
-    logger = hydra.utils.instantiate(
-        config.logger, directory=str(directory), run_config=plain(config), _convert_="all"
-    )
-    return [logger]
+    # Partial: the configuration it is given holds targets that are not to be made once more.
+    make = hydra.utils.instantiate(config.logger, _partial_=True, _convert_="all")
+    return [make(directory, run_config=plain(config))]
 
 
 def start_ranks(run: RunDirectory, num_ranks: int) -> int:
@@ -211,15 +214,13 @@ def _all_keys(config_name: str) -> list[str]:
 
     GlobalHydra.instance().clear()
     with hydra.initialize_config_module("conf", version_base=None):
-        config = hydra.compose(config_name)
+        composed = hydra.compose(config_name)
 
-    def walk(node: DictConfig, prefix: str) -> list[str]:
-        keys = []
-        for key in node:
-            keys.append(f"{prefix}{key}")
-            child = OmegaConf.select(node, str(key), throw_on_missing=False)
-            if isinstance(child, DictConfig):
-                keys += walk(child, f"{prefix}{key}.")
-        return keys
+    def walk(node: Any, prefix: str) -> list[str]:
+        if not isinstance(node, dict):
+            return []
+        return [
+            name for key in node for name in (prefix + key, *walk(node[key], f"{prefix}{key}."))
+        ]
 
-    return walk(config, "")
+    return walk(OmegaConf.to_container(composed, resolve=False), "")

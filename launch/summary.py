@@ -7,12 +7,13 @@ from typing import Any
 import lightning
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from launch.run_directory import RunDirectory
 from trainers.callbacks.step_metrics import StepMetrics
 from trainers.metrics import plot_losses, read_metrics
+
+PATHS = {"checkpoint": "checkpoint", "samples": "samples_file", "loss curve": "losses_png"}
 
 
 def summarize(run: RunDirectory, trainer: lightning.Trainer) -> dict[str, Any]:
@@ -39,21 +40,23 @@ def summarize(run: RunDirectory, trainer: lightning.Trainer) -> dict[str, Any]:
 
 
 def print_summary(run: RunDirectory) -> None:
-    """Print a finished run's report."""
-    summary = run.summary
-    table = Table.grid(padding=(0, 2))
-    table.add_row("trained", f"{summary['step']:,} steps, {summary['tokens']:,} tokens")
-    for key in sorted(key for key in summary if key.startswith("val/")):
-        table.add_row(key, f"{summary[key]:.4f}")
-    if summary["tokens_per_s"]:
-        table.add_row("tokens/s", f"{summary['tokens_per_s']:,.0f}")
-    for key in ("checkpoint", "samples_file", "losses_png"):
-        if summary[key]:
-            table.add_row(key.replace("_", " "), summary[key])
-    console = Console()
+    """Print a finished run's report; paths stand on lines of their own, whole, to be copied."""
+    summary, console = run.summary, Console()
     if sample := _last_sample(summary["samples_file"]):
         console.print(Panel(Text(sample), title="a sample", expand=False))
-    console.print(Panel(table, title=f"run {run.path.name}: done", expand=False))
+    lines = {"run": f"{run.path.name}: done"}
+    lines["trained"] = f"{summary['step']:,} steps, {summary['tokens']:,} tokens"
+    lines |= {key: f"{summary[key]:.4f}" for key in sorted(summary) if key.startswith("val/")}
+    if summary["tokens_per_s"]:
+        lines["tokens/s"] = f"{summary['tokens_per_s']:,.0f}"
+    lines |= {
+        title: summary[key]
+        for title, key in PATHS.items()
+        if summary[key] is not None
+    }
+    for title, value in lines.items():
+        console.print(f"[bold]{title:18}[/bold]", end="")
+        console.print(value, markup=False, highlight=False, soft_wrap=True)
 
 
 def _last_sample(path: str | None) -> str | None:

@@ -68,6 +68,7 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
         strategy=instantiate(config.strategy, _convert_="all")["make"],
         loggers=runtime.build_loggers(config, run.path),
         callbacks=list(instantiate(config.trainer.callbacks, _convert_="all").values()),
+        profiler=instantiate(config.trainer.profiler, _convert_="all"),
     )
     with run.status_of(trainer) as end:
         try:

@@ -11,7 +11,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 
 from datamodules.batch import IGNORED, TextBatch
 from modules.generation import generate
@@ -83,9 +83,11 @@ class GPT(LightningModule):
         self.bytes_per_token = bytes_per_token
         self.preview_settings = preview
         self.seed = seed
-        # Sums of millions of terms: fp32 would lose the digits that two runs are compared by.
-        self.val_loss = MeanMetric().set_dtype(torch.float64)
-        self.test_loss = MeanMetric().set_dtype(torch.float64)
+        # Sums of millions of terms: fp32 would lose the digits that two runs are compared by. By
+        # default a metric leaves out nan, and a diverged run would look well. (MeanMetric would do
+        # in one, but of torchmetrics 1.9 ignores weights when told to keep nan.)
+        self.nats = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self.num_targets = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -147,12 +149,13 @@ class GPT(LightningModule):
         }
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
-        """Add a batch to the validation loss."""
-        self._evaluate("val", batch)
+        """Add a batch to the sums of the evaluation; a row that only pads adds nothing."""
+        self.nats.update(self._summed_loss(batch))
+        self.num_targets.update((batch["targets"] != IGNORED).sum())
 
     def test_step(self, batch: TextBatch, batch_idx: int) -> None:
-        """Add a batch to the test loss."""
-        self._evaluate("test", batch)
+        """As `validation_step`."""
+        self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss`, `val/bits_per_byte` and `val/perplexity`."""
@@ -167,22 +170,16 @@ class GPT(LightningModule):
             batch["inputs"], batch["targets"], documents=batch.get("documents"), reduction="sum"
         )
 
-    def _evaluate(self, split: Literal["val", "test"], batch: TextBatch) -> None:
-        count = (batch["targets"] != IGNORED).sum()
-        # Rows that only pad have no targets: weight 0, and a mean of 0 rather than nan.
-        mean = self._summed_loss(batch).double() / count.clamp(min=1)
-        metric = self.val_loss if split == "val" else self.test_loss
-        metric.update(mean, count)
-
     def _log_evaluation(self, split: Literal["val", "test"]) -> None:
-        metric = self.val_loss if split == "val" else self.test_loss
-        loss = metric.compute().item()
-        metric.reset()
-        values = {f"{split}/loss": loss, f"{split}/perplexity": math.exp(loss)}
+        loss = self.nats.compute() / self.num_targets.compute()  # over all ranks
+        self.nats.reset()
+        self.num_targets.reset()
+        values = {f"{split}/loss": loss, f"{split}/perplexity": loss.exp()}
         if self.bytes_per_token is not None:
             bits = loss / math.log(2) / self.bytes_per_token[split]
             values[f"{split}/bits_per_byte"] = bits
-        self.log_dict(values)
+        # Equal on all ranks already; without sync_dist Lightning warns that they may not be.
+        self.log_dict(values, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer and its schedule, stepped once per optimizer step."""

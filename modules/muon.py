@@ -55,7 +55,8 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
     ):
-        adamw_settings = {"kind": "adamw", "betas": betas, "eps": eps, "weight_decay": 0.0}
+        # `fused` is read by torch too: it then loads `step` onto the device of the parameters.
+        adamw_settings = {"kind": "adamw", "fused": True, "betas": betas, "eps": eps}
         muon_settings = {"kind": "muon", "momentum": momentum, "weight_decay": weight_decay}
         groups = [
             {"params": list(parameters), "role": role, "lr": lr[role]}
@@ -131,12 +132,12 @@ class MuonAdamW(torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
-            fused=True,
+            fused=group["fused"],
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             lr=group["lr"],
-            weight_decay=group["weight_decay"],
+            weight_decay=0.0,
             eps=group["eps"],
             maximize=False,
         )

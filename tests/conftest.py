@@ -1,9 +1,17 @@
 """What all tests share: marks that skip themselves, and CI's rule that nothing else does."""
 
 import os
+import random
 import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
+import hydra
 import pytest
+from omegaconf import DictConfig
+
+from launch.run_directory import RunDirectory
 
 # Two ranks or workers beside the tests' own process would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,3 +46,82 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if _other_skips and os.environ.get("CI"):
         print(f"\nskipped without one of the marks {sorted(NAMED_MARKS)}: {_other_skips}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """Plain text that a small model can learn something from: 120 kB of sentences."""
+    words = "the a small large old new cat dog house tree sees finds builds".split()  # noqa: SIM905
+    draw = random.Random(0)
+    lines = [" ".join(draw.choices(words, k=12)).capitalize() + ".\n" for _ in range(2000)]
+    path = tmp_path_factory.mktemp("corpus") / "input.txt"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """Prepared data, shared so that each corpus is prepared once."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def small_run(text_file, data_dir, tmp_path) -> list[str]:
+    """Overrides for a run of 20 steps that takes about a second."""
+    return [
+        "experiment=gpt_char_cpu",
+        f"corpus.path={text_file}",
+        f"data_dir={data_dir}",
+        f"runs_dir={tmp_path / 'runs'}",
+        "run.name=small",
+        "trainer.accelerator=cpu",
+        "trainer.log_every_steps=1",
+        "trainer.val_every_steps=8",
+        "datamodule.val_max_samples=16",
+        "checkpoints.every_steps=5",
+        "checkpoints.keep_last=3",
+        "batch_samples=8",
+        "max_steps=20",
+        "datamodule.sequence_length=16",
+        "module.network.num_layers=2",
+        "module.network.num_heads=2",
+        "module.network.width=32",
+        "module.network.dropout=0.1",
+        "module.schedule.warmup_samples=16",
+        "module.preview.max_new_tokens=8",
+    ]
+
+
+@pytest.fixture
+def compose() -> Callable[..., DictConfig]:
+    """Compose a verb's configuration as the command line does: `compose("train", overrides)`."""
+
+    def compose_verb(verb: str, overrides: list[str]) -> DictConfig:
+        with hydra.initialize_config_module("conf", version_base=None):
+            return hydra.compose(verb, overrides=overrides)
+
+    return compose_verb
+
+
+@pytest.fixture
+def train(compose) -> Callable[..., RunDirectory]:
+    """Train in this process; later overrides win. Gives the run, and expects its exit code."""
+
+    def train_here(*overrides: str, code: int = 0) -> RunDirectory:
+        from launch.train import train
+
+        config = compose("train", [*overrides])
+        assert train(config) == code
+        return RunDirectory(Path(config.runs_dir, config.run.name))
+
+    return train_here
+
+
+@pytest.fixture
+def command() -> Callable[..., list[str]]:
+    """The command line of a verb in a process of its own."""
+
+    def verb_command(verb: str, *overrides: str) -> list[str]:
+        return [sys.executable, "-m", f"launch.{verb}", *overrides]
+
+    return verb_command

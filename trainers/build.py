@@ -8,6 +8,7 @@ import lightning
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
 from trainers.activation_checkpointing import ActivationCheckpointing
@@ -34,6 +35,7 @@ def build_trainer(
     strategy: Strategy | str,
     loggers: list[Logger],
     callbacks: list[Callback],
+    profiler: Profiler | None,
 ) -> lightning.Trainer:
     """Put a run's Trainer together.
 
@@ -48,6 +50,7 @@ def build_trainer(
         strategy: A Lightning strategy, or `auto` for one device.
         loggers: Loggers beside `metrics.jsonl`.
         callbacks: The user's own, run before ours.
+        profiler: A Lightning profiler, or None.
     """
     plan, options = config["plan"], config["trainer"]
     metrics = StepMetrics(
@@ -69,11 +72,10 @@ def build_trainer(
         gradient_clip_val=config["module"]["optimizer"]["gradient_clip"],
         val_check_interval=options["val_every_steps"] * plan["grad_accum"],
         check_val_every_n_epoch=None,
-        limit_val_batches=options["limit_val_batches"],
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         deterministic=options["deterministic"],
-        profiler=options["profiler"],
+        profiler=profiler,
         plugins=[CheckpointDirectory(_manifest_facts(config, world_size))],
         logger=loggers,
         callbacks=[

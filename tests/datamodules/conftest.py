@@ -1,5 +1,6 @@
 """Data sets whose tokens tell where they come from, and corpora of made-up text."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -76,3 +77,10 @@ def documents() -> list[str]:
     rng = random.Random(0)
     words = ["plain", "naïve", "日本", "🙂", "\n", "\r\n", "  ", "\t", "<|endoftext|>", "A.", "0"]
     return [" ".join(rng.choices(words, k=rng.randint(1, 400))) for _ in range(150)]
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path, documents: list[str]) -> Path:
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path

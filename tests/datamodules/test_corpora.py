@@ -1,24 +1,20 @@
+import gc
 import json
-import multiprocessing
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import webdataset
 from pyarrow import parquet
+from webdataset.compat import WebDataset
 
 from datamodules import corpora
 from datamodules.corpora import Corpus, PreparedData
 from datamodules.index import read_index
 from datamodules.reader import ShardReader
 from datamodules.tokenization import load_tokenizer
-
-ROOT = Path(__file__).parents[2]
 
 
 def read_split(prepared: PreparedData, split: str) -> tuple[list[int], list[int]]:
@@ -54,21 +50,6 @@ def read_documents(prepared: PreparedData) -> dict[str, list[str]]:
     return documents
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        file.relative_to(folder).as_posix(): file.read_bytes()
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
-
-
-@pytest.fixture
-def jsonl(tmp_path: Path, documents: list[str]) -> Path:
-    path = tmp_path / "documents.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    return path
-
-
 @pytest.fixture
 def text_file(tmp_path: Path, documents: list[str]) -> Path:
     path = tmp_path / "all.txt"
@@ -95,6 +76,8 @@ def test_documents_survive_preparation(
         for number, text in enumerate(documents):
             (path / f"{number:03d}.txt").write_bytes(text.encode())
         (path / "ignored.bin").write_bytes(b"\xff\xfe")
+        (path / ".hidden").mkdir()
+        (path / ".hidden" / "ignored.txt").write_bytes(b"\xff\xfe")
         path = path.parent
     settings = {"tokenizer": tokenizer, "vocab_size": 300 if tokenizer == "bpe" else None}
     if tokenizer == "existing":
@@ -115,10 +98,15 @@ def test_documents_survive_preparation(
 
 
 def test_one_text_is_cut_contiguously_and_has_no_end_token(
-    make_corpus: Callable[..., Corpus], text_file: Path, tmp_path: Path
+    make_corpus: Callable[..., Corpus],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     corpus = make_corpus(text_file, tokenizer="char", val_fraction=0.1, test_fraction=0.05)
     prepared = corpus.prepare(tmp_path)
+    prepared.print_summary()
+    assert f"{prepared.facts['tokens']['train']:,}" in capsys.readouterr().out
     text = text_file.read_bytes().decode()
     tokenizer = load_tokenizer(prepared.path / "tokenizer.json")
     parts = [read_split(prepared, split) for split in ("train", "val", "test")]
@@ -161,6 +149,9 @@ def test_equal_documents_meet_in_one_split(
     assert set(other["val"]) != set(found["val"])
 
 
+# webdataset leaves its last shard open, which is seen when the garbage is collected.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_stock_webdataset_reads_the_same_tokens(
     make_corpus: Callable[..., Corpus], jsonl: Path, tmp_path: Path
 ) -> None:
@@ -168,7 +159,7 @@ def test_stock_webdataset_reads_the_same_tokens(
     tokens, ends = read_split(prepared, "train")
     shards = [str(file) for file in sorted((prepared.path / "train").glob("*.tar"))]
     assert len(shards) > 2
-    stream = webdataset.WebDataset(shards, shardshuffle=False).decode()
+    stream: Any = WebDataset(shards, shardshuffle=False).decode()
     theirs: list[int] = []
     their_ends: list[int] = []
     for sample in stream:
@@ -176,60 +167,8 @@ def test_stock_webdataset_reads_the_same_tokens(
         theirs += sample["tokens.npy"].tolist()
     assert theirs == tokens
     assert their_ends == ends
-
-
-def test_bytes_do_not_depend_on_processes(
-    make_corpus: Callable[..., Corpus], jsonl: Path, tmp_path: Path
-) -> None:
-    settings = {"tokenizer": "bpe", "vocab_size": 300}
-    one = make_corpus(jsonl, num_processes=1, **settings).prepare(tmp_path / "one")
-    two = make_corpus(jsonl, num_processes=2, **settings).prepare(tmp_path / "two")
-    assert one.facts["shards"]["train"] > 2
-    assert contents(one.path) == contents(two.path)
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-KILLED = """
-import json, os, signal, sys
-from datamodules.corpora import Corpus
-from datamodules.write import ShardWriter
-
-finish, count = ShardWriter.finish, 0
-
-def finish_or_die(self, text):
-    global count
-    count += 1
-    if count == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return finish(self, text)
-
-ShardWriter.finish = finish_or_die
-Corpus(**json.loads(sys.argv[1])).prepare(sys.argv[2])
-"""
-
-
-def test_killed_preparation_is_finished_by_the_next(
-    make_corpus: Callable[..., Corpus], jsonl: Path, tmp_path: Path
-) -> None:
-    corpus = make_corpus(jsonl)
-    arguments = [json.dumps(corpus.__dict__), str(tmp_path / "killed")]
-    command = [sys.executable, "-c", KILLED, *arguments]
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    folder = next((tmp_path / "killed").glob("made-up-*"))
-    assert not (folder / "dataset.json").exists()
-    assert list(folder.rglob("*.tmp"))
-    finished = [
-        folder / split / shard["shard"]["url"]
-        for unit in (folder / "units").glob("*.json")
-        for split, shard in json.loads(unit.read_bytes()).items()
-    ]
-    assert len(finished) >= 4
-    times = [shard.stat().st_mtime_ns for shard in finished]
-    finished.pop().write_bytes(b"damaged meanwhile")
-    prepared = corpus.prepare(tmp_path / "killed")
-    assert [shard.stat().st_mtime_ns for shard in finished] == times[:-1]
-    assert contents(prepared.path) == contents(corpus.prepare(tmp_path / "undisturbed").path)
+    del stream
+    gc.collect()
 
 
 def test_preparing_again_finds_the_data_and_changed_text_is_prepared_anew(
@@ -246,33 +185,11 @@ def test_preparing_again_finds_the_data_and_changed_text_is_prepared_anew(
     assert make_corpus(jsonl, num_processes=2).prepare(tmp_path) == changed
 
 
-def _prepare(corpus: Corpus, folder: Path, queue: multiprocessing.Queue) -> None:
-    queue.put(corpus.prepare(folder).facts)
-
-
-def test_processes_that_prepare_at_once_share_the_work(
-    make_corpus: Callable[..., Corpus], jsonl: Path, tmp_path: Path
-) -> None:
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    ranks = [
-        context.Process(target=_prepare, args=(make_corpus(jsonl), tmp_path, queue))
-        for _ in range(3)
-    ]
-    for rank in ranks:
-        rank.start()
-    facts = [queue.get(timeout=60) for _ in ranks]
-    for rank in ranks:
-        rank.join()
-    assert facts[0] == facts[1] == facts[2]
-    assert len(list(tmp_path.glob("made-up-*"))) == 1
-
-
 def test_standard_library_is_a_corpus_without_its_tests() -> None:
     files = corpora.list_files("builtin:stdlib", [".py"])
     names = {file.name for file in files}
     assert {"json/decoder.py", "heapq.py"} <= names
-    assert not [name for name in names if "test/" in name or name.startswith("encodings/")]
+    assert not {"test", "tests", "encodings"} & {part for name in names for part in name.split("/")}
     assert 5e6 < sum(file.path.stat().st_size for file in files) < 30e6
     for file in files:
         file.path.read_bytes().decode()
@@ -309,12 +226,3 @@ def test_errors_name_key_value_and_remedy(
     for message, corpus in cases.items():
         with pytest.raises(ValueError, match=message):
             corpus.prepare(tmp_path / "data")
-
-
-def test_error_of_a_process_reaches_the_caller(
-    make_corpus: Callable[..., Corpus], jsonl: Path, tmp_path: Path
-) -> None:
-    with jsonl.open("a") as file:
-        file.write("no json\n")
-    with pytest.raises(ValueError, match="is not JSON"):
-        make_corpus(jsonl, num_processes=2).prepare(tmp_path)

@@ -1,3 +1,4 @@
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def index(make_dataset: Callable[..., Index], tmp_path: Path) -> Index:
 
 def read(rows: TextRows, epoch: int | None, places: list[tuple[int, int]]) -> dict:
     blocks, samples = np.array(places).T
-    return {**rows.batch(rows.plan(epoch, blocks, samples), len(places))}
+    (batch,) = rows.batches(rows.plan(epoch, blocks, samples)[None])
+    return {**batch}
 
 
 def test_rows_are_counted_by_chunk(index: Index) -> None:
@@ -59,9 +61,23 @@ def test_training_rows_begin_elsewhere_in_each_epoch(index: Index) -> None:
 
 def test_padding_rows_predict_nothing(index: Index) -> None:
     rows = make_rows(index)
-    batch = rows.batch(rows.plan(None, np.array([0, 0]), np.array([0, 0])), 1)
+    (batch,) = rows.batches(rows.plan(None, np.array([0, 0]), np.array([0, 0]))[None])
+    rows.pad(batch, 1)
     assert (batch["targets"][0] != IGNORED).all()
     assert (batch["targets"][1] == IGNORED).all()
+
+
+def test_batches_read_together_equal_batches_read_alone(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, order = make_rows(index, document_mask=True), np.arange(28) * 11 % 28
+    chunks, samples = np.where(order < 14, 0, 3), order % 14
+    addresses = rows.plan(1, chunks, samples).reshape(14, 2, 3)
+    together = list(rows.batches(addresses))
+    monkeypatch.setattr("datamodules.rows._READ_TOKENS", 1)
+    sent = pickle.loads(pickle.dumps(rows))  # as to a worker process
+    for ours, alone in zip(together, sent.batches(addresses), strict=True):
+        assert all(torch.equal(ours[name], alone[name]) for name in ours)
 
 
 @pytest.mark.parametrize("epoch", [None, 3])

@@ -100,6 +100,7 @@ class Checkpointing(Callback):
         if is_best and trainer.is_global_zero:
             best = {"checkpoint": _name(trainer), "metric": self.monitor, "value": value}
             write_atomically(self.directory / "best", json.dumps(best) + "\n")
+            self._forget_old(trainer)  # the one that was best until now
 
     def save(self, trainer: Trainer) -> None:
         """Save now, on all ranks; nothing if this step is saved already."""

@@ -26,12 +26,12 @@ class Preemption(Callback):
         """Take the callback that saves."""
         self.checkpointing = checkpointing
         self.signal_name: str | None = None
-        self._previous: dict[int, Any] = {}
+        self._previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the handlers; here, because Lightning installs its own before."""
         for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
+            signal.signal(number, self._note)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -45,10 +45,9 @@ class Preemption(Callback):
         raise PreemptedError(self.signal_name or "a signal to another rank")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the handlers back."""
+        """Give back the handlers of before Lightning and this callback."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._previous = {}
 
     def _agree(self, trainer: Trainer) -> bool:
         asked = self.signal_name is not None

@@ -31,4 +31,4 @@ class Previews(Callback):
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         for logger in trainer.loggers:
             if isinstance(logger, StampedLogger):
-                logger.log_table("samples", rows)
+                logger.log_table("samples_table", rows)

@@ -1,0 +1,114 @@
+"""Bad input: one clear message, early, and nothing lost."""
+
+import json
+import re
+import resource
+import subprocess
+
+import pytest
+
+from launch import runtime
+from trainers.checkpoint import list_checkpoints
+
+
+@pytest.fixture
+def refuse(command):
+    """Run a verb that must fail; give the message it prints."""
+
+    def run_and_fail(verb, *overrides):
+        done = subprocess.run(command(verb, *overrides), capture_output=True, text=True)
+        assert done.returncode == runtime.FAILED, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.stderr
+
+    return run_and_fail
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("experiment=gpt_quikstart", "did you mean gpt_quickstart"),
+        ("module.optimiser.lr=1", "did you mean module.optimizer.lr"),
+        ("bach_tokens=4", "did you mean batch_tokens"),
+        ("strategy=dpp", "did you mean ddp"),
+        ("batch_samples=0", "batch_samples=0 -> the global batch is a whole number above 0"),
+    ],
+)
+def test_command_line_mistake_names_what_is_near(refuse, override, message):
+    printed = refuse("train", override)
+    assert message in printed
+    assert printed.startswith(f"error: {override.split('=')[0]}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["micro_batch=3"], r"micro_batch=3 -> .* 8 of the 8 samples .*\[1, 2, 4, 8\]"),
+        (["batch_tokens=64"], r"batch_tokens=64, batch_samples=8 -> .* exactly one of"),
+        (["max_steps=null"], "nothing -> the run's length must be given by exactly one"),
+        (["trainer.devices=2"], "strategy=single -> .* -> use strategy=ddp"),
+        (["trainer.devices=3", "strategy=ddp"], "3 ranks -> .* does not divide"),
+        (["precision=fp8"], "precision=fp8 -> unknown -> use one of fp32"),
+        (["precision=fp16"], "precision=fp16 -> loss scaling needs a CUDA device"),
+        (["activation_checkpointing=some"], "no such mode -> use none, full"),
+        (["module.preset=gpt2_tny"], r"module.preset=gpt2_tny -> .*gpt2_tiny"),
+        (["module.schedule.warmup_samples=1000"], "module.schedule.* -> .* -> "),
+        (["corpus.path=/nowhere"], "corpus.path=/nowhere -> no such file or folder"),
+        (["corpus.path=???"], "corpus.path -> it has no value -> add corpus.path="),
+        (["checkpoint=step-7"], "checkpoint=step-7 -> .* has none of that name"),
+        (["init_from=nobody"], "run=nobody -> no such run"),
+    ],
+)
+def test_impossible_setting_is_refused_before_training(small_run, train, overrides, message):
+    with pytest.raises(Exception, match=r".") as error:
+        train(*small_run, *overrides)
+    printed = runtime.explain(error.value, "train")
+    assert printed is not None
+    assert re.search(message, printed), printed
+
+
+def test_empty_corpus_is_refused(small_run, train, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    with pytest.raises(ValueError, match=r"corpus.path=.*empty.txt.* -> .* -> "):
+        train(*small_run, f"corpus.path={empty}")
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_offered(small_run, train):
+    run = train(*small_run)
+    newest = list_checkpoints(run.checkpoints)[-1]
+    content = bytearray((newest / "weights.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "weights.safetensors").write_bytes(content)
+    longer = [*small_run, "max_steps=24", "resume.extend=true"]
+    with pytest.raises(ValueError, match=r"step-00000020 -> weights.safetensors .*") as error:
+        train(*longer)
+    offered = str(error.value).rpartition("checkpoint=")[2]
+    assert offered == "step-00000016"
+    assert train(*longer, f"checkpoint={offered}").summary["step"] == 24
+
+
+def test_full_disk_during_a_save_keeps_the_last_good_checkpoint(small_run, train):
+    run = train(*small_run, "max_steps=10")
+    before = sorted(path.name for path in run.checkpoints.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file may grow beyond
+    try:
+        with pytest.raises(ValueError, match=r"could not be written .*-> make room") as error:
+            train(*small_run, "resume.extend=true")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "continues from step-00000010" in str(error.value)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == before
+    assert json.loads((run.path / "status.json").read_text())["state"] == "failed"
+    assert train(*small_run, "resume.extend=true").summary["step"] == 20
+
+
+def test_index_that_does_not_match_its_shards_is_refused(small_run, train, compose, tmp_path):
+    own_data = f"data_dir={tmp_path / 'own'}"
+    run = train(*small_run, own_data)
+    (shard, *_) = sorted((tmp_path / "own").rglob("train/*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1024])
+    with pytest.raises(ValueError, match=rf"{shard.name}"):
+        train(*small_run, own_data, "run.name=another")
+    assert run.status["state"] == "done"

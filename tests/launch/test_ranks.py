@@ -1,0 +1,71 @@
+"""Several ranks on gloo: the same losses as one, and the same resume. Each start costs seconds."""
+
+import subprocess
+import sys
+
+import pytest
+
+from launch import runtime
+from launch.run_directory import RunDirectory
+from trainers.metrics import read_metrics
+
+# SGD: Adam turns gradients that are zero but for rounding into steps of full size.
+SGD = ["module.network.dropout=0.0", "module.optimizer.name=sgd", "module.optimizer.lr=0.05"]
+TWO_RANKS = ["strategy=ddp", "trainer.devices=2"]
+
+
+def losses(run):
+    rows = read_metrics(run.path / "metrics.jsonl")
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+def assert_same_losses(one, other):
+    assert one.keys() == other.keys()
+    assert [one[step] for step in one] == pytest.approx([other[step] for step in one], abs=1e-5)
+
+
+@pytest.fixture
+def one_rank(small_run, train):
+    """The run that any number of ranks must repeat."""
+    return train(*small_run, *SGD, "run.name=one")
+
+
+def test_two_ranks_train_as_one(small_run, train, one_rank, capfd):
+    two = train(*small_run, *SGD, *TWO_RANKS, "run.name=two")
+    assert_same_losses(losses(one_rank), losses(two))
+    assert two.summary["val/loss"] == pytest.approx(one_rank.summary["val/loss"], abs=1e-5)
+    assert "run               two: done" in capfd.readouterr().out  # rank 0 shares the terminal
+    perturbed = train(*small_run, *SGD, "run.name=perturbed", "datamodule.seed=2")
+    with pytest.raises(AssertionError):  # the same rows in another order are told apart
+        assert_same_losses(losses(one_rank), losses(perturbed))
+
+
+def test_torchrun_continues_what_one_rank_began(small_run, train, one_rank, command, tmp_path):
+    began = train(*small_run, *SGD, "run.name=moved", "max_steps=10")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    overrides = [*small_run, *SGD, *TWO_RANKS, "run.name=moved", "resume.extend=true"]
+    done = subprocess.run(
+        [*torchrun, *command("train", *overrides)[1:]], capture_output=True, text=True
+    )
+    assert done.returncode == runtime.DONE, done.stdout + done.stderr
+    moved = RunDirectory(began.path)
+    assert_same_losses(losses(one_rank), losses(moved))
+    rows = read_metrics(moved.path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "val/loss" in row] == [8, 10, 16, 20]
+
+
+def test_torchrun_with_another_number_of_ranks_is_refused(small_run, compose, monkeypatch):
+    for key, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(key, value)
+    config = compose("train", [*small_run, *TWO_RANKS])
+    with pytest.raises(ValueError, match=r"trainer.devices=2 .* torchrun started 4 rank"):
+        runtime.world_size(config)
+
+
+def test_failing_rank_ends_the_run_and_says_why(small_run, train, capfd):
+    overrides = ["module.optimizer.name=sgd", "module.optimizer.lr=1e30", "run.name=failed"]
+    clip = "module.optimizer.gradient_clip=null"
+    run = train(*small_run, *overrides, clip, *TWO_RANKS, code=runtime.FAILED)
+    assert run.status["state"] == "failed"
+    assert "the run diverged" in run.status["reason"]
+    assert "error: train/loss=nan" in capfd.readouterr().err

@@ -1,0 +1,101 @@
+"""The other verbs, on the checkpoints of small runs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tokenizers import Tokenizer
+
+from launch.evaluate import evaluate_run
+from launch.generate import generate_text
+from launch.prepare import prepare
+
+
+@pytest.fixture
+def run(small_run, train):
+    return train(*small_run)
+
+
+def test_evaluate_repeats_the_validation_of_the_run(run, compose, capfd):
+    overrides = [f"run={run.path}", "accelerator=cpu", "checkpoint=last"]
+    evaluate_run(compose("evaluate", overrides))
+    assert "val/bits_per_byte" in capfd.readouterr().out
+    found = json.loads((run.path / "evaluations/val-step-00000020.json").read_text())
+    assert found["val/loss"] == pytest.approx(run.summary["val/loss"], abs=1e-6)
+    evaluate_run(compose("evaluate", [*overrides, "split=test"]))
+    found = json.loads((run.path / "evaluations/test-step-00000020.json").read_text())
+    assert found["test/loss"] != pytest.approx(run.summary["val/loss"], abs=1e-6)
+
+
+def test_generate_prints_continuations_of_the_prompts(run, compose, capfd, tmp_path):
+    overrides = [f"run={run.path}", "accelerator=cpu", "max_new_tokens=6", "num_sequences=2"]
+    capfd.readouterr()
+    generate_text(compose("generate", [*overrides, "prompt=the dog"]))
+    first = capfd.readouterr().out
+    texts = first.split("-" * 40 + "\n")[:2]
+    assert all(text.startswith("the dog") for text in texts)
+    assert [len(text.removesuffix("\n")) for text in texts] == [13, 13]
+    generate_text(compose("generate", [*overrides, "prompt=the dog"]))
+    assert capfd.readouterr().out == first  # the same seed
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\nthe tree\n")
+    generate_text(compose("generate", [*overrides, f"prompt_file={prompts}"]))
+    assert capfd.readouterr().out.count("the tree") == 2
+
+
+def test_generate_refuses_an_unknown_run(compose):
+    overrides = ["run=nobody"]
+    with pytest.raises(ValueError, match=r"run=nobody -> no such run"):
+        generate_text(compose("generate", overrides))
+
+
+def test_prepare_prints_what_is_there(text_file, tmp_path, compose, capfd):
+    overrides = ["corpus=text", f"corpus.path={text_file}", f"data_dir={tmp_path}"]
+    prepare(compose("prepare", [*overrides, "corpus.vocab_size=300"]))
+    assert str(tmp_path) in capfd.readouterr().out
+    (tokenizer,) = tmp_path.glob("*/tokenizer.json")
+    assert Tokenizer.from_file(str(tokenizer)).get_vocab_size() <= 300
+
+
+def test_wandb_continues_under_one_id(small_run, train, monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    logged = []
+    import wandb
+
+    started = wandb.init
+
+    def init(**settings):
+        client = started(**settings)
+        log = client.log
+        client.log = lambda row, step: (logged.append((step, row)), log(row, step=step))
+        return client
+
+    monkeypatch.setattr(wandb, "init", init)
+    options = ["logger=wandb", "logger.mode=offline"]
+    train(*small_run, *options, "max_steps=10")
+    first = [step for step, row in logged if "train/loss" in row]
+    run = train(*small_run, *options, "resume.extend=true")
+    steps = [step for step, row in logged if "train/loss" in row]
+    assert first == list(range(1, 11))
+    assert steps == list(range(1, 21))  # no gap, no overlap
+    assert all(row["samples"] == 8 * step for step, row in logged)
+    assert any("samples" in row and hasattr(row.get("samples_table"), "data") for _, row in logged)
+    run_id = json.loads((run.path / "wandb.json").read_text())["id"]
+    directories = list((run.path / "wandb").glob("offline-run-*"))
+    assert len(directories) == 2
+    assert all(path.name.endswith(run_id) for path in directories)
+
+
+def test_without_a_logger_wandb_is_not_imported(small_run, command):
+    code = (
+        "import sys; from launch.train import main\n"
+        "try: main()\n"
+        "except SystemExit: print('wandb' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *small_run, "max_steps=2", "module.schedule.warmup_samples=0"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines()[-1] == "False", done.stdout + done.stderr

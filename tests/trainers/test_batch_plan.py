@@ -1,0 +1,57 @@
+import pytest
+
+from trainers.batch_plan import grad_accum, plan_run
+
+NOTHING = dict.fromkeys(
+    ("batch_tokens", "batch_samples", "max_tokens", "max_samples", "max_steps", "micro_batch")
+)
+
+
+def plan(world_size=1, tokens_per_sample=64, **chosen):
+    return plan_run(NOTHING | chosen, tokens_per_sample=tokens_per_sample, world_size=world_size)
+
+
+def test_units_lead_to_the_same_plan():
+    by_tokens = plan(batch_tokens=768, max_tokens=7680 + 700)
+    by_samples = plan(batch_samples=12, max_samples=120 + 11)
+    by_steps = plan(batch_samples=12, max_steps=10)
+    assert by_tokens == by_samples == by_steps
+    assert (by_steps.batch_samples, by_steps.max_samples, by_steps.max_steps) == (12, 120, 10)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "accum", "share"),
+    [(1, None, 1, 48), (1, 12, 4, 12), (4, None, 1, 12), (4, 3, 4, 3), (48, 1, 1, 1)],
+)
+def test_accumulation_fills_the_batch(world_size, micro_batch, accum, share):
+    chosen = plan(world_size, batch_samples=48, max_steps=1, micro_batch=micro_batch)
+    assert (chosen.grad_accum, chosen.micro_batch) == (accum, share)
+    assert chosen.grad_accum * chosen.micro_batch * world_size == 48
+
+
+def test_every_split_is_whole_or_refused():
+    for size in range(1, 25):
+        for world_size in range(1, 9):
+            for micro_batch in range(1, 9):
+                try:
+                    accum = grad_accum(size, micro_batch, world_size)
+                except ValueError:
+                    assert size % (world_size * micro_batch)
+                else:
+                    assert accum * micro_batch * world_size == size
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"batch_tokens": 100, "max_steps": 1}, r"batch_tokens=100 -> .* batch_tokens=128"),
+        ({"batch_samples": 4}, "nothing -> the run's length"),
+        ({"batch_samples": 4, "max_steps": 1, "max_tokens": 1}, "max_tokens=1, max_steps=1 ->"),
+        ({"batch_samples": 4, "max_samples": 3}, "max_samples=3 -> .* less than one optimizer step"),
+        ({"batch_samples": 2.5, "max_steps": 1}, "batch_samples=2.5 -> .* whole number"),
+        ({"batch_samples": 4, "max_steps": 1, "micro_batch": 0}, "micro_batch=0 -> "),
+    ],
+)
+def test_impossible_plan_is_refused(chosen, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**chosen)

@@ -1,0 +1,66 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trainers.callbacks.checkpointing import Checkpointing
+from trainers.callbacks.randomness import KeyedRandomness
+from trainers.callbacks.same_start import SameStart
+from trainers.callbacks.step_metrics import PEAK_FLOPS, peak_flops
+
+
+def draw(step, micro=0, rank=0, seed=1):
+    trainer = SimpleNamespace(global_step=step, global_rank=rank, accumulate_grad_batches=4)
+    KeyedRandomness(seed=seed).on_train_batch_start(trainer, None, None, 4 * step + micro)
+    return torch.rand(1).item()
+
+
+def test_randomness_is_a_function_of_seed_step_micro_batch_and_rank():
+    assert draw(3) == draw(3)
+    others = [draw(4), draw(3, micro=1), draw(3, rank=1), draw(3, seed=2)]
+    assert len({draw(3), *others}) == 5
+
+
+def same_start(config, everyone):
+    callback = SameStart(config, resume_step=0)
+    strategy = SimpleNamespace(
+        root_device="cpu", all_gather=lambda mine: torch.tensor([*everyone, mine.item()])
+    )
+    callback.setup(SimpleNamespace(strategy=strategy), None, "fit")
+
+
+def test_ranks_with_another_configuration_are_refused():
+    config = {"seed": 1}
+    same_start(config, [SameStart(config, resume_step=0).value])
+    for other in (SameStart({"seed": 2}, resume_step=0), SameStart(config, resume_step=5)):
+        with pytest.raises(ValueError, match=r"rank\(s\) \[1\] -> .* differs from rank 0's"):
+            same_start(config, [other.value])
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_batch_counters_follow_the_accumulation(behind, tmp_path):
+    counts = {"ready": 12, "started": 12, "processed": 12, "completed": 12 - behind}
+    progress = {"total": dict(counts), "current": dict(counts)}
+    checkpoint = {
+        "grad_accum": 4,
+        "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}},
+    }
+    callback = Checkpointing(
+        tmp_path,
+        every_steps=1,
+        every_minutes=None,
+        keep_last=1,
+        keep_every_steps=None,
+        monitor="val/loss",
+    )
+    trainer = SimpleNamespace(accumulate_grad_batches=1)
+    callback.on_load_checkpoint(trainer, None, checkpoint)
+    expected = {"ready": 3, "started": 3, "processed": 3, "completed": 3 - behind}
+    assert progress == {"total": expected, "current": expected}
+
+
+def test_peak_flops_are_known_for_gpus_only(monkeypatch):
+    assert peak_flops(torch.device("cpu")) is None
+    for name, peak in (("NVIDIA H200", PEAK_FLOPS["H200"]), ("NVIDIA L40S", PEAK_FLOPS["L40S"])):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda", 0)) == peak
