@@ -105,6 +105,7 @@ def stream(index: Index, length: int, batch: int, *, document_mask: bool) -> Ite
         max_samples=10**9,
         window_mb=1024,
         num_workers=0,
+        repeat_first_batch=False,
         rank=0,
         world_size=1,
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -153,6 +154,11 @@ class Corpus:
             )
 
     @property
+    def _fractions(self) -> dict[str, float]:
+        train_fraction = 1 - self.val_fraction - self.test_fraction
+        return {"train": train_fraction, "val": self.val_fraction, "test": self.test_fraction}
+
+    @property
     def _is_one_document(self) -> bool:
         return Path(self.path).is_file() and Path(self.path).suffix not in (".jsonl", ".parquet")
 
@@ -180,38 +186,18 @@ class Corpus:
         path.mkdir(parents=True, exist_ok=True)
         for leftover in path.rglob("*.tmp"):
             leftover.unlink()
-        train_fraction = 1 - self.val_fraction - self.test_fraction
-        shares = (train_fraction, self.val_fraction, self.test_fraction)
-        fractions = dict(zip(SPLITS, shares, strict=True))
-        pieces = plan_units(
-            files, int(self.shard_mb * 2**20), fractions if self._is_one_document else None
-        )
+        fractions = self._fractions if self._is_one_document else None
+        units = plan_units(files, int(self.shard_mb * 2**20), fractions)
         if not (path / TOKENIZER_FILE).exists():
-            self._build_tokenizer(pieces, path / TOKENIZER_FILE)
+            self._build_tokenizer(units, path / TOKENIZER_FILE)
         tokenizer = load_tokenizer(path / TOKENIZER_FILE)
         # Numbers of an existing vocabulary may have gaps, so that counting them is not enough.
         vocab_size = max(tokenizer.get_vocab().values()) + 1
         end_token = None if self._is_one_document else tokenizer.token_to_id(self.end_token)
-        dtype = token_dtype(vocab_size)
-        tasks = [
-            UnitTask(
-                number=number,
-                pieces=unit,
-                folder=path,
-                tokenizer=path / TOKENIZER_FILE,
-                end_token=end_token,
-                text_key=self.text_key,
-                fractions=fractions,
-                seed=self.seed,
-                chunk_tokens=self.chunk_kb * 1024 // dtype.itemsize,
-                dtype=dtype.str,
-                facts=path / UNITS_FOLDER / f"{number:06d}.json",
-            )
-            for number, unit in enumerate(pieces)
-        ]
+        tasks = self._tasks(units, path, end_token, token_dtype(vocab_size))
         encode_units(tasks, self.num_processes, f"Preparing {self.name}")
         merged = merge_units(tasks)
-        self._check_splits(merged, fractions)
+        self._check_splits(merged)
         for split, dataset in merged.items():
             write_index(path / split, tokenizer=f"../{TOKENIZER_FILE}", **dataset.index)
         facts = {"digest": digest, "vocab_size": vocab_size, "end_token": end_token}
@@ -219,6 +205,26 @@ class Corpus:
         # Last, since its presence says that the rest is complete.
         write_atomically(path / FACTS_FILE, json.dumps(facts, indent=1).encode() + b"\n")
         shutil.rmtree(path / UNITS_FOLDER)
+
+    def _tasks(
+        self, units: list[list[Piece]], path: Path, end_token: int | None, dtype: np.dtype
+    ) -> list[UnitTask]:
+        return [
+            UnitTask(
+                number=number,
+                pieces=unit,
+                folder=path,
+                tokenizer=path / TOKENIZER_FILE,
+                end_token=end_token,
+                text_key=self.text_key,
+                fractions=self._fractions,
+                seed=self.seed,
+                chunk_tokens=self.chunk_kb * 1024 // dtype.itemsize,
+                dtype=dtype.str,
+                facts=path / UNITS_FOLDER / f"{number:06d}.json",
+            )
+            for number, unit in enumerate(units)
+        ]
 
     def _count(self, merged: dict[str, MergedSplit]) -> dict[str, Any]:
         """Collect the facts by split; None where there is no such split, so that keys stay."""
@@ -242,11 +248,10 @@ class Corpus:
         stride = -(-total // BPE_TRAINING_BYTES) if self.tokenizer == BPE else 1
 
         def documents() -> Iterator[str]:
-            fractions = {"val": self.val_fraction, "test": self.test_fraction}
             for unit in units[::stride]:
                 for piece in unit:
                     for document in read_documents(piece, self.text_key):
-                        split = piece.split or split_of(document, fractions, self.seed)
+                        split = piece.split or split_of(document, self._fractions, self.seed)
                         # Every character of the corpus needs a number; merges are learned, and
                         # learning is for the training split.
                         if split == "train" or self.tokenizer == CHAR:
@@ -260,14 +265,13 @@ class Corpus:
         )
         write_atomically(path, tokenizer.to_str(pretty=True).encode())
 
-    def _check_splits(self, merged: dict[str, MergedSplit], fractions: dict[str, float]) -> None:
-        for split in SPLITS:
-            if fractions[split] > 0 and split not in merged:
-                what = "1 - the others" if split == "train" else fractions[split]
+    def _check_splits(self, merged: dict[str, MergedSplit]) -> None:
+        for split, fraction in self._fractions.items():
+            if fraction > 0 and split not in merged:
                 raise ValueError(
-                    f"corpus.{split}_fraction={what} -> no text of {self.path} fell into {split} "
-                    f"-> raise the fraction, change corpus.seed={self.seed}, or take a larger "
-                    "corpus"
+                    f"corpus.val_fraction={self.val_fraction}, corpus.test_fraction="
+                    f"{self.test_fraction} -> no text of {self.path} fell into {split} -> raise "
+                    f"its share, change corpus.seed={self.seed}, or take a larger corpus"
                 )
 
 

@@ -9,52 +9,18 @@ read by several ranks.
 """
 
 import logging
-import os
-import signal
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from datamodules.order import GlobalOrder, Int64Array, count_lanes
+from datamodules.order import GlobalOrder, count_lanes
+from datamodules.workers import SampleSource, TrainBatches, open_batches
 
 STATE_VERSION = 1
 
-_PLANNED_SAMPLES = 4096
-"""Samples located in one go: numpy's cost per call is then nothing beside its cost per sample."""
-
 log = logging.getLogger(__name__)
-
-
-class SampleSource(Protocol):
-    """What a data set offers to the loaders: samples counted by block, made into batches.
-
-    Attributes:
-        identity: what a position depends on besides the order: digests and sizes, for the state.
-        samples_per_block: int64 [blocks].
-        sample_bytes: typical size of a sample in its shard.
-    """
-
-    identity: dict[str, Any]
-    samples_per_block: Int64Array
-    sample_bytes: int
-
-    def plan(self, epoch: int | None, blocks: Int64Array, samples: Int64Array) -> Int64Array:
-        """Resolve samples, by block and number in it, into addresses [n, ...] cheap to read.
-
-        Epoch None is evaluation, where nothing is random.
-        """
-        ...
-
-    def batches(self, addresses: Int64Array) -> Iterator[Any]:
-        """Read planned micro-batches [batches, micro_batch, ...], several at a time if it pays."""
-        ...
-
-    def pad(self, batch: Any, num_samples: int) -> None:
-        """Turn the samples of a batch from `num_samples` on into ones that predict nothing."""
-        ...
 
 
 class TrainLoader:
@@ -71,6 +37,7 @@ class TrainLoader:
         max_samples: global samples of the run, a multiple of G.
         window_mb: budget in MiB for the samples that a shuffle mixes at a time.
         num_workers: worker processes; 0 reads in this process.
+        repeat_first_batch: give the first G samples again and again, to see a model overfit.
         rank: of this process.
         world_size: number of ranks.
 
@@ -91,14 +58,12 @@ class TrainLoader:
         max_samples: int,
         window_mb: int,
         num_workers: int,
+        repeat_first_batch: bool,
         rank: int,
         world_size: int,
     ) -> None:
-        if batch_samples % (micro_batch * world_size):
-            raise ValueError(
-                f"batch_samples={batch_samples} -> not a multiple of micro_batch={micro_batch} x "
-                f"{world_size} ranks -> change one of the three"
-            )
+        num_samples = int(source.samples_per_block.sum())
+        _check_batch(batch_samples, micro_batch, world_size, num_samples)
         lanes = count_lanes(batch_samples)
         if lanes % world_size and rank == 0:
             log.warning(
@@ -107,13 +72,6 @@ class TrainLoader:
                 *(batch_samples, lanes, world_size),
             )
         window = max(1, window_mb * 2**20 // (lanes * source.sample_bytes))
-        num_samples = int(source.samples_per_block.sum())
-        if num_samples < batch_samples:
-            raise ValueError(
-                f"batch_samples={batch_samples} -> the training split has only {num_samples} "
-                "samples, not enough for one optimizer step -> lower batch_samples (or "
-                "batch_tokens), shorten the samples, or take a larger corpus"
-            )
         self.seconds_waited = 0.0
         self.samples_per_epoch = num_samples // batch_samples * batch_samples
         self.position = 0
@@ -121,20 +79,21 @@ class TrainLoader:
         self._accumulation = batch_samples // (micro_batch * world_size)
         self._length = max_samples // batch_samples * self._accumulation
         self._handed = 0
-        self._identity = {
-            "version": STATE_VERSION,
-            "seed": seed,
-            "batch_samples": batch_samples,
-            "lanes": lanes,
-            "window": window,
-            "tail": "drop",
-            "samples_per_epoch": self.samples_per_epoch,
-            **source.identity,
-        }
         order = GlobalOrder(source.samples_per_block, seed=seed, num_lanes=lanes, window=window)
-        self._batches = _TrainBatches(
-            source, order, self.samples_per_epoch, micro_batch, rank, world_size
+        self._batches = TrainBatches(
+            source,
+            order,
+            self.samples_per_epoch,
+            micro_batch,
+            batch_samples if repeat_first_batch else None,
+            rank,
+            world_size,
         )
+        self._identity = {
+            **{"version": STATE_VERSION, "seed": seed, "batch_samples": batch_samples},
+            **{"lanes": lanes, "window": window, "tail": "drop"},
+            **{"samples_per_epoch": self.samples_per_epoch, **source.identity},
+        }
 
     def __len__(self) -> int:
         """Count the micro-batches of the whole run on this rank, not those that remain."""
@@ -168,7 +127,7 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Any]:
         """Give the micro-batches that remain; nothing is read before the first is asked for."""
         self._batches.first, self._batches.last = self._handed, self._length
-        batches = iter(_open(self._batches, self._num_workers))
+        batches = iter(open_batches(self._batches, self._num_workers))
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)
@@ -232,69 +191,15 @@ class EvaluationLoader:
             yield batch
 
 
-class _TrainBatches(IterableDataset):
-    """Micro-batches `first` to `last` of a rank; worker w of K makes every K-th from `first + w`.
-
-    `DataLoader` asks its workers in turn, which puts them back in order.
-    """
-
-    def __init__(
-        self,
-        source: SampleSource,
-        order: GlobalOrder,
-        samples_per_epoch: int,
-        micro_batch: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._source, self._order = source, order
-        self._samples_per_epoch = samples_per_epoch
-        self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
-        self.first = self.last = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        step = worker.num_workers if worker else 1
-        first = self.first + (worker.id if worker else 0)
-        planned = max(1, _PLANNED_SAMPLES // self._micro_batch) * step
-        for start in range(first, self.last, planned):
-            numbers = np.arange(start, min(start + planned, self.last), step)
-            yield from self._source.batches(self._plan(numbers))
-
-    def _plan(self, numbers: Int64Array) -> Int64Array:
-        """Resolve the samples of micro-batches; int64 [batches, micro_batch, ...]."""
-        # The A micro-batches of a step on one rank follow each other, so numbering the rank's
-        # samples through and spreading them by the world size gives the position in the run.
-        own = numbers[:, None] * self._micro_batch + np.arange(self._micro_batch)
-        positions = (own * self._world_size + self._rank).reshape(-1)
-        epochs, places = np.divmod(positions, self._samples_per_epoch)
-        addresses = [
-            self._source.plan(int(epoch), *self._order.locate(int(epoch), places[epochs == epoch]))
-            for epoch in np.unique(epochs)
-        ]
-        planned = np.concatenate(addresses)
-        return planned.reshape(len(numbers), self._micro_batch, *planned.shape[1:])
-
-
-def _open(batches: _TrainBatches, num_workers: int) -> Any:
-    """Give the batches themselves, or a `DataLoader` that makes them in worker processes."""
-    if num_workers == 0:
-        return batches
-    return DataLoader(
-        batches, batch_size=None, num_workers=num_workers, worker_init_fn=_quiet_signals
-    )
-
-
-def _quiet_signals(worker: int) -> None:
-    """Leave a request to stop to the training loop, which still needs batches to end its step.
-
-    The signals reach a worker because launchers signal whole process groups. A second SIGTERM ends
-    it, since multiprocessing sends that at exit and waits.
-    """
-
-    def stop_next_time(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
-
-    signal.signal(signal.SIGTERM, stop_next_time)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _check_batch(batch_samples: int, micro_batch: int, world_size: int, num_samples: int) -> None:
+    if batch_samples % (micro_batch * world_size):
+        raise ValueError(
+            f"batch_samples={batch_samples} -> not a multiple of micro_batch={micro_batch} x "
+            f"{world_size} ranks -> change one of the three"
+        )
+    if num_samples < batch_samples:
+        raise ValueError(
+            f"batch_samples={batch_samples} -> the training split has only {num_samples} samples, "
+            "not enough for one optimizer step -> lower batch_samples (or batch_tokens), shorten "
+            "the samples, or take a larger corpus"
+        )

@@ -31,7 +31,7 @@ _CACHED_ENDS = 4096
 
 
 class TextRows:
-    """The rows of a data set of token chunks; a `datamodules.loader.SampleSource`.
+    """The rows of a data set of token chunks; a `datamodules.workers.SampleSource`.
 
     Args:
         index: of the data set.

@@ -26,6 +26,7 @@ class TextDataModule(LightningDataModule):
         max_samples: rows of the whole run, over all ranks.
         num_workers: processes that read ahead in training; 0 reads in the training process.
             Evaluation always reads there: a row is a slice of a memory map.
+        repeat_first_batch: train on the rows of the first step again and again.
         window_mb: budget in MiB for the rows that the shuffle mixes at a time.
         seed: key of the order and of where rows begin.
         val_max_samples: rows of a validation, evenly spread over the split; None takes all.
@@ -42,6 +43,7 @@ class TextDataModule(LightningDataModule):
         micro_batch: int,
         max_samples: int,
         num_workers: int,
+        repeat_first_batch: bool,
         window_mb: int,
         seed: int,
         val_max_samples: int | None,
@@ -52,6 +54,7 @@ class TextDataModule(LightningDataModule):
         self._batch_samples, self._micro_batch = batch_samples, micro_batch
         self._max_samples, self._num_workers = max_samples, num_workers
         self._window_mb, self._seed = window_mb, seed
+        self._repeat_first_batch = repeat_first_batch
         self._val_max_samples = val_max_samples
         self._prepared: PreparedData | None = None
         self._train_loader: TrainLoader | None = None
@@ -95,6 +98,7 @@ class TextDataModule(LightningDataModule):
             max_samples=self._max_samples,
             window_mb=self._window_mb,
             num_workers=self._num_workers,
+            repeat_first_batch=self._repeat_first_batch,
             rank=self._rank,
             world_size=self._world_size,
         )

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -26,7 +27,8 @@ def generate_text(config: DictConfig) -> None:
 
     tokenizer = Tokenizer.from_file(str(run.path / "tokenizer.json"))
     module.to(resolve_accelerator(config.accelerator))
-    ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+    tokenizer.encode_special_tokens = True  # a prompt is text, also where it spells `<|...|>`
+    ids = [encode(tokenizer, prompt) for prompt in prompts]
     continuations = module.generate(
         ids,
         max_new_tokens=config.max_new_tokens,
@@ -42,6 +44,21 @@ def generate_text(config: DictConfig) -> None:
             print(prompt + tokenizer.decode(tokens))
             if len(prompts) * config.num_sequences > 1:
                 print("-" * 40)
+
+
+def encode(tokenizer: Any, prompt: str) -> list[int]:
+    """Encode a prompt.
+
+    Raises:
+        ValueError: The tokenizer has no token for one of its characters.
+    """
+    try:
+        return tokenizer.encode(prompt).ids
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(
+            f"prompt={prompt!r} -> the run's tokenizer cannot encode it ({error}) -> use the "
+            f"characters of its training text"
+        ) from error
 
 
 def read_prompts(config: DictConfig) -> list[str]:

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 FREE_KEYS = (
     "trainer.devices", "trainer.accelerator", "cluster", "strategy", "micro_batch",
     "activation_checkpointing", "datamodule.num_workers", "logger", "runs_dir", "data_dir",
-    "data.path", "checkpoint", "checkpoints", "resume", "plan",
+    "corpus.path", "data.path", "data.settings", "checkpoint", "checkpoints", "resume", "plan",
 )  # fmt: skip
 LENGTH_KEYS = ("max_tokens", "max_samples", "max_steps")
 

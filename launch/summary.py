@@ -49,11 +49,7 @@ def print_summary(run: RunDirectory) -> None:
     lines |= {key: f"{summary[key]:.4f}" for key in sorted(summary) if key.startswith("val/")}
     if summary["tokens_per_s"]:
         lines["tokens/s"] = f"{summary['tokens_per_s']:,.0f}"
-    lines |= {
-        title: summary[key]
-        for title, key in PATHS.items()
-        if summary[key] is not None
-    }
+    lines |= {title: summary[key] for title, key in PATHS.items() if summary[key] is not None}
     for title, value in lines.items():
         console.print(f"[bold]{title:18}[/bold]", end="")
         console.print(value, markup=False, highlight=False, soft_wrap=True)

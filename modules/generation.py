@@ -132,13 +132,13 @@ def generate(
 
 def _check(prompt: Sequence[int], temperature: float, top_k: int, top_p: float) -> None:
     if not prompt:
-        raise ValueError("prompt='' has no tokens to continue; give it at least one")
+        raise ValueError("prompt='' -> it has no tokens to continue -> give it at least one")
     if temperature < 0:
-        raise ValueError(f"temperature={temperature} is negative; choose 0 (greedy) or above")
+        raise ValueError(f"temperature={temperature} -> negative -> choose 0 (greedy) or above")
     if top_k < 0:
-        raise ValueError(f"top_k={top_k} is negative; choose 0 (all tokens) or above")
+        raise ValueError(f"top_k={top_k} -> negative -> choose 0 (all tokens) or above")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} is no probability to reach; choose one in (0, 1]")
+        raise ValueError(f"top_p={top_p} -> no probability to reach -> choose one in (0, 1]")
 
 
 def _until(tokens: list[int], stop_token: int | None) -> list[int]:

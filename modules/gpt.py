@@ -17,7 +17,7 @@ from datamodules.batch import IGNORED, TextBatch
 from modules.generation import generate
 from modules.gpt_networks import GPTNetwork
 from modules.gpt_presets import shape_from
-from modules.optim import build_optimizer, build_schedule
+from modules.optim import Schedule, build_optimizer, build_schedule
 
 
 class Tokenizer(Protocol):
@@ -78,8 +78,7 @@ class GPT(LightningModule):
         self.network.to_empty(device=torch.get_default_device())
         self.network.initialise(seed)
         self.optimizer_settings = {k: v for k, v in optimizer.items() if k != "gradient_clip"}
-        self.schedule_settings = schedule
-        self.plan = plan
+        self.schedule = Schedule(plan, **schedule)  # here, so that a wrong one fails early
         self.bytes_per_token = bytes_per_token
         self.preview_settings = preview
         self.seed = seed
@@ -184,7 +183,8 @@ class GPT(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer and its schedule, stepped once per optimizer step."""
         optimizer = build_optimizer(self.parameters_by_role(), **self.optimizer_settings)
-        scheduler = build_schedule(optimizer, self.plan, **self.schedule_settings)
+        batch_samples = self.schedule.plan["batch_samples"]
+        scheduler = build_schedule(optimizer, self.schedule, batch_samples)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -236,9 +236,8 @@ class GPT(LightningModule):
         prompts = [list(tokenizer.encode(text).ids) or start for text in texts]
         if not all(prompts):
             raise ValueError(
-                f"module.preview.prompts={list(texts)} holds a text that this tokenizer turns "
-                "into no tokens, and the data has no end token to start from; "
-                "choose texts with characters the vocabulary knows"
+                f"module.preview.prompts={list(texts)} -> one of them has no tokens, and the data "
+                "has no end token to start from -> choose texts that the tokenizer knows"
             )
         return [
             {"prompt": text, "text": tokenizer.decode(tokens)}

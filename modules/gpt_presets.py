@@ -54,23 +54,23 @@ class GPTShape:
     def __post_init__(self):
         if self.width % self.num_heads:
             raise ValueError(
-                f"module.network.width={self.width} cannot be cut into "
-                f"num_heads={self.num_heads} equal heads; choose a multiple of the heads"
+                f"module.network.width={self.width} -> cannot be cut into "
+                f"num_heads={self.num_heads} equal heads -> choose a multiple of the heads"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"module.network.num_kv_heads={self.num_kv_heads} cannot serve "
-                f"num_heads={self.num_heads} in equal groups; choose a divisor of the heads"
+                f"module.network.num_kv_heads={self.num_kv_heads} -> cannot serve "
+                f"num_heads={self.num_heads} in equal groups -> choose a divisor of the heads"
             )
         if self.positions == "rope" and self.head_width % 2:
             raise ValueError(
-                f"module.network.positions=rope rotates pairs, and width/num_heads="
-                f"{self.head_width} is odd; choose an even head width or positions=learned"
+                f"module.network.positions=rope -> it rotates pairs, and width/num_heads="
+                f"{self.head_width} is odd -> choose an even head width or positions=learned"
             )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"module.network.{name}={getattr(self, name)} is not known; "
+                    f"module.network.{name}={getattr(self, name)} -> unknown -> "
                     f"choose one of {', '.join(choices)}"
                 )
 
@@ -153,7 +153,7 @@ def shape_from(preset: str, overrides: dict[str, Any]) -> GPTShape:
     if preset not in PRESETS:
         near = get_close_matches(preset, PRESETS, n=3) or PRESETS
         raise ValueError(
-            f"module.preset={preset} is not known; did you mean {' or '.join(near)}? "
+            f"module.preset={preset} -> unknown -> did you mean {' or '.join(near)}? "
             f"Forms are {', '.join(_FORMS)}, sizes {', '.join(_SIZES)}"
         )
     names = [field.name for field in fields(GPTShape)]
@@ -161,7 +161,7 @@ def shape_from(preset: str, overrides: dict[str, Any]) -> GPTShape:
         if name not in names:
             near = get_close_matches(name, names, n=3) or names
             raise ValueError(
-                f"module.network.{name} is not known; did you mean {' or '.join(near)}?"
+                f"module.network.{name} -> no such key -> did you mean {' or '.join(near)}?"
             )
     base = PRESETS[preset]
     chosen = {name: value for name, value in overrides.items() if value is not None}

@@ -76,9 +76,9 @@ class MuonAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if group["kind"] == "muon" and parameter.ndim != 2:
                     raise ValueError(
-                        "module.optimizer.name=muon works on whole matrices, and a parameter of "
-                        f"shape {tuple(parameter.shape)} is none (a strategy that flattens "
-                        "shards makes such); choose strategy=single or ddp, or "
+                        "module.optimizer.name=muon -> it works on whole matrices, and a "
+                        f"parameter of shape {tuple(parameter.shape)} is none (a strategy that "
+                        "flattens shards makes such) -> choose strategy=single or ddp, or "
                         "module.optimizer.name=adamw"
                     )
 

@@ -67,26 +67,21 @@ def build_optimizer(
             betas=betas,
             eps=adamw["eps"],
         )
-    raise ValueError(f"module.optimizer.name={name} is not known; choose adamw, muon or sgd")
+    raise ValueError(f"module.optimizer.name={name} -> unknown -> choose adamw, muon or sgd")
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, plan: Mapping[str, int], **settings: Any
+    optimizer: torch.optim.Optimizer, schedule: "Schedule", batch_samples: int
 ) -> LambdaLR:
     """Build the scheduler of `module.schedule`, to be stepped once per optimizer step.
 
-    Every group's rate is its peak times `schedule_multiplier` of the samples seen.
+    Every group's rate is its peak times the schedule's multiplier at the samples seen.
 
     Args:
         optimizer: At its peak rates.
-        plan: `batch_samples`, `max_samples` and `tokens_per_sample` of the run.
-        **settings: The keyword arguments of `Schedule`.
-
-    Raises:
-        ValueError: As `Schedule`.
+        schedule: Of the run.
+        batch_samples: Global samples per optimizer step.
     """
-    schedule = Schedule(plan, **settings)
-    batch_samples = plan["batch_samples"]
 
     # A closure rather than the object: LambdaLR saves an object's attributes in checkpoints.
     def multiplier(step: int) -> float:
@@ -135,7 +130,7 @@ class Schedule:
     ):
         if name not in ("constant", "linear", "cosine", "wsd"):
             raise ValueError(
-                f"module.schedule.name={name} is not known; choose constant, linear, cosine or wsd"
+                f"module.schedule.name={name} -> unknown -> choose constant, linear, cosine or wsd"
             )
         self.name, self.plan = name, plan
         self.warmup = self._samples("warmup", warmup_samples, warmup_tokens)
@@ -148,20 +143,22 @@ class Schedule:
             self._refuse(final_lr_fraction=final_lr_fraction)
         elif final_lr_fraction is None:
             raise ValueError(
-                f"module.schedule.final_lr_fraction=null gives {name} no end; set it, to 0 for none"
+                f"module.schedule.final_lr_fraction=null -> {name} has no end to reach -> "
+                f"set it, to 0 for decaying to nothing"
             )
         self.final = 1.0 if final_lr_fraction is None else final_lr_fraction
         if self.warmup + self.decay > plan["max_samples"]:
             raise ValueError(
                 f"module.schedule: warm-up of {self.warmup:g} samples and decay of {self.decay:g} "
-                f"do not fit a run of {plan['max_samples']} samples; shorten them or train longer"
+                f"-> they do not fit a run of {plan['max_samples']} samples -> shorten "
+                f"module.schedule.warmup_* and decay_*, or train longer"
             )
 
     def _samples(self, key: str, samples: int | None, tokens: int | None) -> float:
         if (samples is None) == (tokens is None):
             raise ValueError(
-                f"module.schedule.{key}_samples={samples} and {key}_tokens={tokens}: "
-                "the length needs one unit; set one of them and leave the other null"
+                f"module.schedule.{key}_samples={samples} {key}_tokens={tokens} -> "
+                "the length needs one unit -> set one of them and leave the other null"
             )
         return samples if samples is not None else (tokens or 0) / self.plan["tokens_per_sample"]
 
@@ -169,8 +166,8 @@ class Schedule:
         for key, value in unused.items():
             if value is not None:
                 raise ValueError(
-                    f"module.schedule.{key}={value} has no meaning for "
-                    f"module.schedule.name={self.name}; set it to null"
+                    f"module.schedule.{key}={value} -> it has no meaning for "
+                    f"module.schedule.name={self.name} -> set it to null"
                 )
 
     def multiplier(self, samples: float) -> float:

@@ -47,6 +47,7 @@ def test_overfit_overlay_learns_its_batch_by_heart(shrunken, train):
     assert by_heart.summary["val/loss"] > 2  # and nothing else
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 def test_profile_overlay_reports_operators(shrunken, train):
     run = train("experiment=gpt_char_cpu", *shrunken, "debug=profile", "max_steps=5")
     assert "aten::mm" in (run.path / "fit-profile.txt").read_text()

@@ -221,7 +221,9 @@ def test_errors_name_key_value_and_remedy(
         r"corpus.val_fraction=0.6, .*below 1": make_corpus(
             jsonl, val_fraction=0.6, test_fraction=0.5
         ),
-        r"corpus.val_fraction=1e-06 -> no text": make_corpus(jsonl, val_fraction=1e-6),
+        r"corpus.val_fraction=1e-06, .* -> no text of .* fell into val": make_corpus(
+            jsonl, val_fraction=1e-6
+        ),
     }
     for message, corpus in cases.items():
         with pytest.raises(ValueError, match=message):

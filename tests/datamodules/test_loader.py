@@ -1,6 +1,6 @@
 import multiprocessing
-import os
-import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
@@ -14,11 +14,16 @@ from datamodules.index import Index
 from datamodules.loader import EvaluationLoader, TrainLoader
 from datamodules.rows import TextRows
 
-# Three workers are more than the cores of a small machine, and meant.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+pytestmark = [
+    # Three workers are more than the cores of a small machine, and meant.
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+    # Python 3.12 and later say so of every fork after torch's threads have started.
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+]
 
 LENGTHS = [[700, 900, 50], [2000], [10, 1500, 330]]
 G = 40
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -38,6 +43,7 @@ def make_loader(index: Index, rank: int = 0, world: int = 1, **settings: Any) ->
         "max_samples": 20 * G,
         "window_mb": 1,
         "num_workers": 0,
+        "repeat_first_batch": False,
     }
     return TrainLoader(make_rows(index), rank=rank, world_size=world, **{**defaults, **settings})
 
@@ -171,17 +177,43 @@ def test_lanes_that_do_not_match_the_world_warn(
     assert "not a multiple of 3 ranks" in caplog.text
 
 
-def test_workers_outlive_a_request_to_stop(index: Index) -> None:
+def test_workers_outlive_a_request_to_stop_and_obey_their_parent(index: Index) -> None:
     batches = iter(make_loader(index, num_workers=2))
     first = [next(batches)]
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            os.kill(worker.pid or 0, number)
+        # From another process, as a launcher or a terminal sends them.
+        for name in ("TERM", "INT", "USR1"):
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     reference = list(make_loader(index))
     for ours, theirs in zip([*first, *batches], reference, strict=True):
         assert torch.equal(ours["inputs"], theirs["inputs"])
+
+
+LEAVES = """
+import sys
+from pathlib import Path
+from datamodules.index import read_index
+from datamodules.loader import TrainLoader
+from datamodules.rows import TextRows
+
+rows = TextRows(read_index(Path(sys.argv[1])), sequence_length=16, document_mask=False, seed=1)
+loader = TrainLoader(rows, seed=1, batch_samples=4, micro_batch=4, max_samples=4000, window_mb=1,
+                     num_workers=2, repeat_first_batch=False, rank=0, world_size=1)
+batches = iter(loader)
+next(batches)
+if sys.argv[2] == "error":
+    raise RuntimeError("with the workers at work")
+"""
+
+
+@pytest.mark.parametrize(("ending", "code"), [("quiet", 0), ("error", 1)])
+def test_process_ends_while_workers_read_ahead(index: Index, ending: str, code: int) -> None:
+    command = [sys.executable, "-c", LEAVES, str(index.path), ending]
+    # Waiting for workers that ignore their parent would take forever.
+    ended = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
 
 
 @pytest.mark.parametrize(("world", "micro_batch"), [(1, 7), (1, 500), (4, 16), (8, 3)])
@@ -223,3 +255,11 @@ def test_limited_evaluation_spreads_over_the_split(index: Index) -> None:
 def _chunks() -> tuple[list[int], list[int]]:
     lengths = [*chain(*LENGTHS)]
     return [sum(lengths[:number]) for number in range(len(lengths))], lengths
+
+
+def test_repeated_first_batch_is_all_there_is(index):
+    (first, *others) = list(make_loader(index, repeat_first_batch=True))
+    assert others
+    assert all(torch.equal(first["inputs"], other["inputs"]) for other in others)
+    (_, second, *_) = list(make_loader(index))
+    assert not torch.equal(first["inputs"], second["inputs"])

@@ -15,6 +15,8 @@ from datamodules.text import TextDataModule
 pytestmark = [
     # Lightning 2.6 uses what torch 2.13 deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    # Python 3.12 and later say so of every fork after torch's threads have started.
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
 ]
 
 MAX_STEPS = 30
@@ -38,6 +40,7 @@ def make_data(
             "micro_batch": 24,
             "max_samples": MAX_STEPS * 48,
             "num_workers": 0,
+            "repeat_first_batch": False,
             "window_mb": 1,
             "seed": 7,
             "val_max_samples": None,

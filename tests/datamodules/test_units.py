@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import signal
 import subprocess
 import sys
@@ -77,26 +76,26 @@ def test_killed_preparation_is_finished_by_the_next(
     assert contents(prepared.path) == contents(corpus.prepare(tmp_path / "undisturbed").path)
 
 
-def _prepare(corpus: Corpus, folder: Path, queue: multiprocessing.Queue) -> None:
-    queue.put(corpus.prepare(folder).facts)
+PREPARES = """
+import json, sys
+from datamodules.corpora import Corpus
+
+facts = Corpus(**json.loads(sys.argv[1])).prepare(sys.argv[2]).facts
+print("FACTS", json.dumps(facts))
+"""
 
 
 def test_processes_that_prepare_at_once_share_the_work(
     make_corpus: Callable[..., Corpus], jsonl: Path, tmp_path: Path
 ) -> None:
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
+    arguments = [json.dumps(make_corpus(jsonl).__dict__), str(tmp_path / "data")]
+    command = [sys.executable, "-c", PREPARES, *arguments]
     ranks = [
-        context.Process(target=_prepare, args=(make_corpus(jsonl), tmp_path, queue))
-        for _ in range(3)
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
-    for rank in ranks:
-        rank.start()
-    facts = [queue.get(timeout=60) for _ in ranks]
-    for rank in ranks:
-        rank.join()
-    assert facts[0] == facts[1] == facts[2]
-    assert len(list(tmp_path.glob("made-up-*"))) == 1
+    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert len({output.split("FACTS")[1] for output in outputs}) == 1
+    assert sum("Preparing" in output for output in outputs) == 1
 
 
 def test_error_of_a_process_reaches_the_caller(

@@ -22,12 +22,12 @@ def test_presets_have_the_published_sizes():
 @pytest.mark.parametrize(
     ("preset", "overrides", "message"),
     [
-        ("gpt2_124", {}, "module.preset=gpt2_124 is not known; did you mean gpt2_124m"),
-        ("gpt2_tiny", {"heads": 2}, "module.network.heads is not known; did you mean num_heads"),
+        ("gpt2_124", {}, "module.preset=gpt2_124 -> unknown -> did you mean gpt2_124m"),
+        ("gpt2_tiny", {"heads": 2}, "network.heads -> no such key -> did you mean num_heads"),
         ("gpt2_tiny", {"width": 130}, "module.network.width=130"),
         ("llama_tiny", {"num_kv_heads": 3}, "module.network.num_kv_heads=3"),
         ("llama_tiny", {"width": 12}, "width/num_heads=3 is odd"),
-        ("llama_tiny", {"norm": "batch"}, "module.network.norm=batch is not known"),
+        ("llama_tiny", {"norm": "batch"}, "module.network.norm=batch -> unknown"),
     ],
 )
 def test_impossible_shape_is_refused_by_its_key(preset, overrides, message):

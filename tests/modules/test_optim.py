@@ -84,7 +84,7 @@ def test_unknown_optimizer_is_refused():
 def test_schedule_scales_every_group_alike():
     optimizer = build(make_roles(), name="muon")
     assert isinstance(optimizer, MuonAdamW)
-    scheduler = build_schedule(optimizer, PLAN, **SCHEDULE)
+    scheduler = build_schedule(optimizer, Schedule(PLAN, **SCHEDULE), PLAN["batch_samples"])
     peaks = [1e-2, 0.3, 0.004, 0.02]
     for step in range(12):
         expected = Schedule(PLAN, **SCHEDULE).multiplier(10 * step)
@@ -127,14 +127,14 @@ def test_schedule_is_a_function_of_samples_whatever_the_batch():
     ("settings", "message"),
     [
         ({"name": "cosin"}, "module.schedule.name=cosin"),
-        ({"warmup_tokens": 8}, "module.schedule.warmup_samples=100 and warmup_tokens=8"),
-        ({"warmup_samples": None}, "warmup_samples=None and warmup_tokens=None"),
-        ({"name": "wsd"}, "decay_samples=None and decay_tokens=None"),
-        ({"decay_tokens": 80}, "module.schedule.decay_tokens=80 has no meaning"),
-        ({"name": "constant"}, "module.schedule.final_lr_fraction=0.1 has no meaning"),
+        ({"warmup_tokens": 8}, "module.schedule.warmup_samples=100 warmup_tokens=8"),
+        ({"warmup_samples": None}, "warmup_samples=None warmup_tokens=None"),
+        ({"name": "wsd"}, "decay_samples=None decay_tokens=None"),
+        ({"decay_tokens": 80}, "module.schedule.decay_tokens=80 -> it has no meaning"),
+        ({"name": "constant"}, "module.schedule.final_lr_fraction=0.1 -> it has no meaning"),
         ({"final_lr_fraction": None}, "module.schedule.final_lr_fraction=null"),
-        ({"warmup_samples": 1001}, "do not fit a run of 1000 samples"),
-        ({"name": "wsd", "decay_samples": 901}, "do not fit a run of 1000 samples"),
+        ({"warmup_samples": 1001}, "they do not fit a run of 1000 samples"),
+        ({"name": "wsd", "decay_samples": 901}, "they do not fit a run of 1000 samples"),
     ],
 )
 def test_impossible_schedule_is_refused_by_its_key(settings, message):

@@ -47,7 +47,10 @@ def test_every_split_is_whole_or_refused():
         ({"batch_tokens": 100, "max_steps": 1}, r"batch_tokens=100 -> .* batch_tokens=128"),
         ({"batch_samples": 4}, "nothing -> the run's length"),
         ({"batch_samples": 4, "max_steps": 1, "max_tokens": 1}, "max_tokens=1, max_steps=1 ->"),
-        ({"batch_samples": 4, "max_samples": 3}, "max_samples=3 -> .* less than one optimizer step"),
+        (
+            {"batch_samples": 4, "max_samples": 3},
+            "max_samples=3 -> .* less than one optimizer step",
+        ),
         ({"batch_samples": 2.5, "max_steps": 1}, "batch_samples=2.5 -> .* whole number"),
         ({"batch_samples": 4, "max_steps": 1, "micro_batch": 0}, "micro_batch=0 -> "),
     ],

@@ -82,7 +82,7 @@ def test_newer_format_names_the_version_that_wrote_it(saved):
 def test_loading_runs_no_code_from_the_file(content, tmp_path, capfd):
     path = tmp_path / "step-00000001"
     CheckpointDirectory({}).save_checkpoint(content | {"surprise": Surprise()}, path)
-    with pytest.raises(Exception, match="[Ww]eights only"):
+    with pytest.raises(Exception, match=r"[Ww]eights only"):
         CheckpointDirectory({}).load_checkpoint(path)
     assert "code from a checkpoint ran" not in capfd.readouterr().out
 

@@ -1,0 +1,133 @@
+"""Micro-batches of a rank, made in this process or ahead of time in workers."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from datamodules.order import GlobalOrder, Int64Array
+
+_PLANNED_SAMPLES = 4096
+"""Samples located in one go: numpy's cost per call is then nothing beside its cost per sample."""
+
+
+class SampleSource(Protocol):
+    """What a data set offers to the loaders: samples counted by block, made into batches.
+
+    Attributes:
+        identity: what a position depends on besides the order: digests and sizes, for the state.
+        samples_per_block: int64 [blocks].
+        sample_bytes: typical size of a sample in its shard.
+    """
+
+    identity: dict[str, Any]
+    samples_per_block: Int64Array
+    sample_bytes: int
+
+    def plan(self, epoch: int | None, blocks: Int64Array, samples: Int64Array) -> Int64Array:
+        """Resolve samples, by block and number in it, into addresses [n, ...] cheap to read.
+
+        Epoch None is evaluation, where nothing is random.
+        """
+        ...
+
+    def batches(self, addresses: Int64Array) -> Iterator[Any]:
+        """Read planned micro-batches [batches, micro_batch, ...], several at a time if it pays."""
+        ...
+
+    def pad(self, batch: Any, num_samples: int) -> None:
+        """Turn the samples of a batch from `num_samples` on into ones that predict nothing."""
+        ...
+
+
+class TrainBatches(IterableDataset):
+    """Micro-batches `first` to `last` of a rank; worker w of K makes every K-th from `first + w`.
+
+    `DataLoader` asks its workers in turn, which puts them back in order.
+
+    Args:
+        source: the samples.
+        order: where each position's sample is.
+        samples_per_epoch: positions of an epoch.
+        micro_batch: samples of a batch.
+        repeat_after: begin again with the first sample after so many; None never does.
+        rank: takes each `world_size`-th position, from itself on.
+        world_size: number of ranks.
+
+    Attributes:
+        first: number of the rank's first micro-batch to make, since the run began.
+        last: number of the one to stop before.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        order: GlobalOrder,
+        samples_per_epoch: int,
+        micro_batch: int,
+        repeat_after: int | None,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._repeat_after = repeat_after
+        self._source, self._order = source, order
+        self._samples_per_epoch = samples_per_epoch
+        self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
+        self.first = self.last = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        step = worker.num_workers if worker else 1
+        first = self.first + (worker.id if worker else 0)
+        planned = max(1, _PLANNED_SAMPLES // self._micro_batch) * step
+        for start in range(first, self.last, planned):
+            numbers = np.arange(start, min(start + planned, self.last), step)
+            yield from self._source.batches(self._plan(numbers))
+
+    def _plan(self, numbers: Int64Array) -> Int64Array:
+        """Resolve the samples of micro-batches; int64 [batches, micro_batch, ...]."""
+        # The A micro-batches of a step on one rank follow each other, so numbering the rank's
+        # samples through and spreading them by the world size gives the position in the run.
+        own = numbers[:, None] * self._micro_batch + np.arange(self._micro_batch)
+        positions = (own * self._world_size + self._rank).reshape(-1)
+        if self._repeat_after is not None:
+            positions %= self._repeat_after
+        epochs, places = np.divmod(positions, self._samples_per_epoch)
+        addresses = [
+            self._source.plan(int(epoch), *self._order.locate(int(epoch), places[epochs == epoch]))
+            for epoch in np.unique(epochs)
+        ]
+        planned = np.concatenate(addresses)
+        return planned.reshape(len(numbers), self._micro_batch, *planned.shape[1:])
+
+
+def open_batches(batches: TrainBatches, num_workers: int) -> Any:
+    """Give the batches themselves, or a `DataLoader` that makes them in worker processes."""
+    if num_workers == 0:
+        return batches
+    return DataLoader(
+        batches, batch_size=None, num_workers=num_workers, worker_init_fn=_quiet_signals
+    )
+
+
+def _quiet_signals(worker: int) -> None:
+    """Leave a request to stop to the training loop, which still needs batches to end its step.
+
+    Launchers and terminals signal whole process groups, workers included. SIGTERM counts only from
+    the parent: multiprocessing sends it at exit, and waits.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none, and no launchers of this kind
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
