@@ -6,7 +6,7 @@
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 OLDEST_PYTHON = (3, 11)
@@ -18,27 +18,40 @@ def main(directory: str) -> None:
     if sys.version_info < OLDEST_PYTHON:
         found = ".".join(map(str, sys.version_info[:3]))
         sys.exit(f"python {found} -> Trainyard needs 3.11 or later -> make PYTHON=python3.11 ...")
-    torch = installed_torch()
-    visible = ["--system-site-packages"] if torch else []
-    made = subprocess.run([sys.executable, "-m", "venv", *visible, directory])
-    if made.returncode:
+    if subprocess.run([sys.executable, "-m", "venv", directory]).returncode:
         sys.exit("python3 -m venv failed -> on Debian and Ubuntu: apt-get install python3-venv")
+    torch = installed_torch()
+    if torch is not None:
+        show_packages_of_this_python(directory)
     print(f"using the torch {torch} of this Python" if torch else "installing torch", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         constraints = Path(scratch, "constraints.txt")
         constraints.write_text(constrain(Path("constraints.txt").read_text(), torch))
         pip = [str(Path(directory, "bin", "python")), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, "-c", str(constraints), "-e", ".[dev]"], check=True)
+        installed = subprocess.run([*pip, "-c", str(constraints), "-e", ".[dev]"])
+    if installed.returncode:
+        sys.exit("pip could not install the project -> its message is above -> run make again")
 
 
 def installed_torch() -> str | None:
     """The version of this interpreter's torch, if it is recent enough to be kept."""
     try:
-        found = version("torch")
+        found = distribution("torch").version
     except PackageNotFoundError:
         return None
     release = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
     return found if release >= OLDEST_TORCH else None
+
+
+def show_packages_of_this_python(directory: str) -> None:
+    """Put the packages beside this interpreter's torch on the environment's path, after its own.
+
+    `venv --system-site-packages` would show those of the base installation, which are others where
+    this interpreter is itself one of a virtual environment.
+    """
+    packages = distribution("torch").locate_file("")
+    (own,) = Path(directory).glob("lib/python*/site-packages")
+    (own / "packages_of_the_interpreter.pth").write_text(f"{packages}\n")
 
 
 def constrain(text: str, torch: str | None) -> str:

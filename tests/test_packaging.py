@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,3 +71,18 @@ def test_foreign_package_of_our_name_is_named(installed, tmp_path):
     done = run_there(["-m", "launch.train"], tmp_path, installed)
     assert done.returncode == 1
     assert f"found at {tmp_path / 'modules'}, which is not Trainyard's" in done.stderr
+
+
+def test_environment_keeps_an_installed_torch(tmp_path):
+    import setup_venv
+
+    found = setup_venv.installed_torch()
+    assert found == torch.__version__
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "v"], check=True)
+    setup_venv.show_packages_of_this_python(str(tmp_path / "v"))
+    code = "from importlib.metadata import distribution as d; print(d('torch').locate_file(''))"
+    seen = subprocess.run([tmp_path / "v/bin/python", "-c", code], capture_output=True, text=True)
+    assert Path(seen.stdout.strip()) == Path(torch.__file__).parent.parent
+    pinned = setup_venv.constrain("numpy==2.0\ntorch==2.99.0\ntorchmetrics==1.0\n", found)
+    assert pinned == f"numpy==2.0\ntorchmetrics==1.0\ntorch=={found}\n"
+    assert setup_venv.constrain("torch==2.99.0\n", None) == "torch==2.99.0\n"
