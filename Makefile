@@ -27,10 +27,10 @@ slow-test: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/codespell
-	$(BIN)/pyright
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m codespell_lib
+	$(BIN)/python -m pyright
 
 clean:
 	rm -rf $(VENV) data runs dist

@@ -146,16 +146,12 @@ class TakeTurns(Callback):
         """Start the trainer's clock."""
         self._mark = time.perf_counter()
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End a turn of the trainer where it is over; the last steps of a run make none."""
-        if batch_idx and batch_idx % TURN_STEPS == 0:
+        """End a turn of the trainer where it is over."""
+        if (batch_idx + 1) % TURN_STEPS == 0:
             self._take_turn()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the last turn, before what comes after training."""
-        self._take_turn()
 
     def _take_turn(self) -> None:
         switch = time.perf_counter()

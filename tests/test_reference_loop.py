@@ -80,7 +80,7 @@ def train_by_hand(config, batches, rate=cosine_after_warmup):
         for group in optimizer.param_groups:
             group["lr"] = peak * rate(step)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses, network
 
 

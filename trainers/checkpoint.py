@@ -127,6 +127,12 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
     return sorted(path for path in Path(directory).glob("step-*") if path.is_dir())
 
 
+def remove_leftovers(directory: str | Path) -> None:
+    """Delete what a killed save or deletion left half done; nothing else begins with a dot."""
+    for path in Path(directory).glob(".step-*"):
+        shutil.rmtree(path)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file so that a reader or a crash sees the old or the new, whole."""
     scratch = path.with_name(f".{path.name}.partial")

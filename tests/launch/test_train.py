@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -36,39 +34,6 @@ def steps_with(run, key):
 def losses(run):
     rows = read_metrics(run.path / "metrics.jsonl")
     return [row["train/loss"] for row in rows if "train/loss" in row]
-
-
-def wait_for_step(process, run_path, step):
-    """Wait until the run has logged `step`."""
-    for _ in range(6000):
-        rows = read_metrics(run_path / "metrics.jsonl")
-        if rows and rows[-1]["step"] >= step:
-            return
-        assert process.poll() is None, "the run ended before it could be stopped"
-        time.sleep(0.01)
-    raise AssertionError("the run did not get there within a minute")
-
-
-@pytest.fixture
-def start(command):
-    """Start a run in a process of its own."""
-    started = []
-
-    def start_run(*overrides):
-        process = subprocess.Popen(
-            command("train", *overrides),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start_run
-    for process in started:
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 def test_run_leaves_what_it_promises(small_run, train, capfd):
@@ -104,7 +69,7 @@ def test_killed_run_ends_with_the_same_bits(small_run, train, start, num_workers
     print(f"killed after step {step}")
     killed_path = whole.path.parent / "killed"
     process = start(*long, "run.name=killed")
-    wait_for_step(process, killed_path, step)
+    start.wait(process, killed_path, step)
     process.kill()
     process.wait()
     resumed = train(*long, "run.name=killed")
@@ -125,7 +90,7 @@ def test_stopped_run_saves_says_so_and_continues(small_run, train, start, name):
     long = [*small_run, "max_steps=400", "checkpoints.every_steps=null"]
     process = start(*long)
     run_path = train(*long, "run.name=whole").path.parent / "small"
-    wait_for_step(process, run_path, 3)
+    start.wait(process, run_path, 3)
     process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == runtime.PREEMPTED
@@ -180,7 +145,7 @@ def test_accumulation_may_change_in_mid_run(small_run, train, start):
     no_dropout = [*small_run, "module.network.dropout=0.0", "max_steps=300"]
     whole = train(*no_dropout, "run.name=whole")
     process = start(*no_dropout)
-    wait_for_step(process, whole.path.parent / "small", 9)
+    start.wait(process, whole.path.parent / "small", 9)
     process.kill()
     process.wait()
     resumed = train(*no_dropout, "micro_batch=2")
@@ -193,7 +158,7 @@ def test_second_process_is_refused(small_run, train, start):
     process = start(*small_run, "max_steps=100000")
     overrides = dict(override.split("=", 1) for override in small_run)
     run = RunDirectory(Path(overrides["runs_dir"], "small"))
-    wait_for_step(process, run.path, 1)
+    start.wait(process, run.path, 1)
     with pytest.raises(ValueError, match=f"process {process.pid} is training it now"):
         train(*small_run, "max_steps=100000")
 

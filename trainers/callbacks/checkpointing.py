@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from trainers.checkpoint import list_checkpoints, read_last, write_atomically
+from trainers.checkpoint import list_checkpoints, read_last, remove_leftovers, write_atomically
 
 
 class Checkpointing(Callback):
@@ -48,7 +48,9 @@ class Checkpointing(Callback):
         self._saved_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here."""
+        """Tidy up after a crash, and count from here."""
+        if trainer.is_global_zero:
+            remove_leftovers(self.directory)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def on_save_checkpoint(

@@ -1,0 +1,42 @@
+"""Runs in processes of their own, to be killed or signalled."""
+
+import subprocess
+import time
+
+import pytest
+
+from trainers.metrics import read_metrics
+
+
+@pytest.fixture
+def start(command):
+    """Start a run in a process of its own; `start.wait` waits for a step of it."""
+    started = []
+
+    def start_run(*overrides):
+        process = subprocess.Popen(
+            command("train", *overrides),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    start_run.wait = wait_for_step  # pyright: ignore[reportFunctionMemberAccess]
+    yield start_run
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def wait_for_step(process, run_path, step):
+    """Wait until the run has logged `step`."""
+    for _ in range(6000):
+        rows = read_metrics(run_path / "metrics.jsonl")
+        if rows and rows[-1]["step"] >= step:
+            return
+        assert process.poll() is None, "the run ended before it could be stopped"
+        time.sleep(0.01)
+    raise AssertionError("the run did not get there within a minute")
