@@ -148,31 +148,28 @@ def start_ranks(run: RunDirectory, num_ranks: int) -> int:
 
     logs = run.path / "logs"
     logs.mkdir(exist_ok=True)
-    others = dict.fromkeys(range(1, num_ranks), Std.ALL)
-    agent = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        run_id=run.path.name,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=others),
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-        shutdown_timeout=60,
-    )
     home = str(Path(__file__).resolve().parent.parent)
-    environment = {
-        # -P keeps the working folder from shadowing our packages; the user's own come after them.
-        "PYTHONPATH": os.pathsep.join([home, os.getcwd(), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": os.environ.get(
-            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks))
-        ),
-    }
     before = dict(os.environ)
-    os.environ.update(environment)
+    # -P keeps the working folder from shadowing our packages; the user's own come after them.
+    path = [home, os.getcwd(), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "60"  # seconds to save in after a signal
     try:
+        agent = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_ranks,
+            run_id=run.path.name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(
+                log_dir=str(logs), redirects=dict.fromkeys(range(1, num_ranks), Std.ALL)
+            ),
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        )
         launch = elastic_launch(agent, sys.executable)
         launch("-P", "-m", "launch.rank", str(run.path))
     except SignalException:

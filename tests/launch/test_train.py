@@ -13,6 +13,7 @@ from torch import equal
 from launch import runtime
 from launch.run_directory import RunDirectory
 from launch.train import complete
+from trainers.callbacks.preemption import Preemption
 from trainers.checkpoint import list_checkpoints
 from trainers.metrics import read_metrics
 
@@ -101,6 +102,18 @@ def test_stopped_run_saves_says_so_and_continues(small_run, train, start, name):
     assert (run_path / "checkpoints/last").read_text().strip() == f"step-{status['step']:08d}"
     if name == "SIGTERM":  # once: the others take the same path
         assert_same_weights(train(*long, "run.name=whole"), train(*long))
+
+
+@pytest.mark.parametrize("step", [8, 9, 20])
+def test_stop_at_a_validation_neither_repeats_nor_misses_it(small_run, train, monkeypatch, step):
+    whole = train(*small_run, "run.name=whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(Preemption, "_agree", lambda self, trainer: trainer.global_step == step)
+        train(*small_run, code=runtime.DONE if step == 20 else runtime.PREEMPTED)
+    run = train(*small_run)
+    assert_same_weights(whole, run)
+    assert steps_with(run, "val/loss") == [8, 16, 20]
+    assert steps_with(run, "train/loss") == list(range(1, 21))
 
 
 def test_training_longer_needs_to_be_said(small_run, train):

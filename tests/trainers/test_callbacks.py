@@ -43,6 +43,7 @@ def test_batch_counters_follow_the_accumulation(behind, tmp_path):
     progress = {"total": dict(counts), "current": dict(counts)}
     checkpoint = {
         "grad_accum": 4,
+        "validation_pending": False,
         "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}},
     }
     callback = Checkpointing(

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from trainers.checkpoint import list_checkpoints, read_last, remove_leftovers, write_atomically
+from trainers.checkpoint import list_checkpoints, remove_leftovers, write_atomically
 
 
 class Checkpointing(Callback):
@@ -46,6 +46,7 @@ class Checkpointing(Callback):
         self.monitor = monitor
         self._saved_at = time.monotonic()
         self._saved_step = 0
+        self._validation_pending = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tidy up after a crash, and count from here."""
@@ -56,8 +57,9 @@ class Checkpointing(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Write down the accumulation that Lightning's batch counters are in."""
+        """Write down what Lightning's counters do not tell when they are read again."""
         checkpoint["grad_accum"] = trainer.accumulate_grad_batches
+        checkpoint["validation_pending"] = self._validation_pending
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -66,11 +68,19 @@ class Checkpointing(Callback):
 
         They count micro-batches of a rank, whose size changes with the world size. Left alone,
         validation would fall on the wrong steps and the run would end early or late.
+
+        A run that was asked to stop may have saved just before a validation, which Lightning would
+        then take for done; it is told that the validation has begun, and so makes it first.
         """
+        loops = checkpoint["loops"]["fit_loop"]
+        if checkpoint["validation_pending"]:
+            counts = loops["epoch_loop.val_loop.batch_progress"]
+            counts["current"] = dict.fromkeys(counts["current"], 0)
+            counts["total"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
         old, new = checkpoint["grad_accum"], trainer.accumulate_grad_batches
         if old == new:
             return
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress = loops["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             behind = counts["processed"] - counts["completed"]  # 1 when saved at the batch's end
             for key in ("ready", "started", "processed"):
@@ -87,16 +97,17 @@ class Checkpointing(Callback):
         every = trainer.val_check_batch or batch_idx + 1
         if trainer.global_step >= trainer.max_steps:
             every = trainer.val_check_batch = batch_idx + 1
-        validates = trainer.limit_val_batches and (batch_idx + 1) % every == 0
-        if not validates and self._is_due(trainer):
+        self._validation_pending = bool(trainer.limit_val_batches) and (batch_idx + 1) % every == 0
+        if not self._validation_pending and self._is_due(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after a validation that is the best so far, or that a due save has waited for."""
         if trainer.state.fn != "fit":
             return
+        self._validation_pending = False
         value = float(trainer.callback_metrics.get(self.monitor, float("inf")))
-        is_best = value < self._best_value()
+        is_best = trainer.strategy.broadcast(value < self._best_value())
         if is_best or self._is_due(trainer):
             self.save(trainer)
         if is_best and trainer.is_global_zero:
@@ -106,8 +117,8 @@ class Checkpointing(Callback):
 
     def save(self, trainer: Trainer) -> None:
         """Save now, on all ranks; nothing if this step is saved already."""
-        name = _name(trainer)
-        if read_last(self.directory) != name:
+        if self._saved_step != trainer.global_step:
+            name = _name(trainer)
             trainer.save_checkpoint(self.directory / name)
             if trainer.is_global_zero:
                 write_atomically(self.directory / "last", name + "\n")
