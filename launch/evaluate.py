@@ -15,8 +15,8 @@ def evaluate_run(config: DictConfig) -> None:
     run = find_run(config.run, config.runs_dir)
     if config.split not in ("val", "test"):
         raise ValueError(f"split={config.split} -> unknown -> use val or test")
-    name, module = load_module(run, config.checkpoint)
-    metrics = evaluate(run, module, config.split, config.accelerator)
+    name, module = load_module(run, config.checkpoint, config.accelerator)
+    metrics = evaluate(run.config, module, config.split, config.accelerator)
     directory = run.path / "evaluations"
     directory.mkdir(exist_ok=True)
     path = directory / f"{config.split}-{name}.json"
@@ -26,20 +26,22 @@ def evaluate_run(config: DictConfig) -> None:
     print(f"checkpoint {name} of run {run.path.name}; written to {path}")
 
 
-def load_module(run: RunDirectory, which: str) -> tuple[str, Any]:
-    """Build a run's module with the weights of a verified checkpoint.
+def load_module(run: RunDirectory, which: str, accelerator: str) -> tuple[str, Any]:
+    """Build a run's module with the weights of a verified checkpoint, for one device.
 
     Returns:
         The checkpoint's name and the LightningModule, on the CPU in evaluation mode.
 
     Raises:
-        ValueError: There is no such checkpoint, or it is damaged.
+        ValueError: There is no such checkpoint, it is damaged, or the device cannot run it.
     """
     runtime.quiet_libraries()
     from trainers.checkpoint import load_weights
+    from trainers.compat import check
 
-    run.verify_checkpoint(which)
-    checkpoint = run.find_checkpoint(which)
+    check(runtime.plain(on_one_device(run.config, accelerator)), world_size=1)
+    run.verify_checkpoint(str(which))
+    checkpoint = run.find_checkpoint(str(which))
     if checkpoint is None:
         raise ValueError(f"run={run.path.name} -> it has saved nothing yet -> train it first")
     module = instantiate(run.config.module, _convert_="all")
@@ -47,25 +49,42 @@ def load_module(run: RunDirectory, which: str) -> tuple[str, Any]:
     return checkpoint.name, module.eval()
 
 
-def evaluate(run: RunDirectory, module: Any, split: str, accelerator: str) -> dict[str, float]:
-    """Run `validation_step` or `test_step` over a whole split on one device."""
+def on_one_device(config: DictConfig, accelerator: str) -> DictConfig:
+    """A run's configuration as it is for scoring or generating."""
+    config = config.copy()
+    config.trainer.accelerator, config.trainer.devices = accelerator, 1
+    config.cluster.nodes = 1
+    return config
+
+
+def evaluate(config: DictConfig, module: Any, split: str, accelerator: str) -> dict[str, float]:
+    """Run `validation_step` or `test_step` over a whole split on one device.
+
+    Raises:
+        ValueError: The corpus is not what the run was trained on any more.
+    """
     import lightning
 
     from trainers.build import LIGHTNING_PRECISION, resolve_accelerator
-    from trainers.compat import resolve_precision
 
-    config = run.config
     trainer = lightning.Trainer(
         accelerator=resolve_accelerator(accelerator),
         devices=1,
-        precision=LIGHTNING_PRECISION[resolve_precision(config)],  # pyright: ignore[reportArgumentType]
+        precision=LIGHTNING_PRECISION[config.precision],  # pyright: ignore[reportArgumentType]
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=True,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        default_root_dir=run.path,
     )
+    if "_target_" in config.corpus:
+        digest = instantiate(config.corpus).prepare(config.data_dir).facts["digest"]
+        if digest != config.data.digest:
+            raise ValueError(
+                f"run={config.run.name} -> its corpus has changed (data {digest}, trained on "
+                f"{config.data.digest}) -> restore {config.corpus.get('path')}, or run this from "
+                f"the folder it was trained in"
+            )
     datamodule = instantiate(config.datamodule, _convert_="all")
     score = trainer.validate if split == "val" else trainer.test
     return dict(score(module, datamodule=datamodule, verbose=False)[0])

@@ -15,7 +15,7 @@ def generate_text(config: DictConfig) -> None:
     """Continue the prompts and print them with their continuations."""
     run = find_run(config.run, config.runs_dir)
     prompts = read_prompts(config)
-    _, module = load_module(run, config.checkpoint)
+    _, module = load_module(run, config.checkpoint, config.accelerator)
     if not hasattr(module, "generate"):
         raise ValueError(
             f"run={run.path.name} -> {type(module).__name__} generates no text -> use a run of a "
@@ -68,7 +68,7 @@ def read_prompts(config: DictConfig) -> list[str]:
         ValueError: The file does not exist or holds no prompt.
     """
     if config.prompt_file is None:
-        return [config.prompt]
+        return [str(config.prompt)]
     if config.prompt_file == "-":
         lines = sys.stdin.read().splitlines()
     elif Path(config.prompt_file).is_file():

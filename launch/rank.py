@@ -4,16 +4,19 @@ import sys
 from pathlib import Path
 
 from launch import runtime
-from launch.run_directory import RunDirectory
+from launch.run_directory import RunDirectory, StoppedError
 from launch.train import fit
 
 
 def main() -> int:
     """Train as one rank; give the exit code."""
     runtime.die_with_parent()
+    runtime.stop_by_exception()
     run = RunDirectory(Path(sys.argv[1]))
     try:
         return fit(run, run.config)
+    except StoppedError:
+        return runtime.PREEMPTED
     except Exception as error:
         message = runtime.explain(error, "train")
         if message is None:

@@ -1,7 +1,7 @@
 """A run's directory, `runs/<name>/`: what is in it, and when it may be continued.
 
 config.yaml      the configuration, with the facts of its data and its plan
-status.json      running | done | preempted | failed, and why
+status.json      starting | running | done | preempted | failed, and why
 summary.json     what a finished run reports
 metrics.jsonl    every logged row                losses.png    their picture
 checkpoints/  samples/  logs/  tokenizer.json  wandb.json
@@ -20,13 +20,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-# On resume these may change; any other difference stops the run and is listed.
-FREE_KEYS = (
-    "trainer.devices", "trainer.accelerator", "cluster", "strategy", "micro_batch",
-    "activation_checkpointing", "datamodule.num_workers", "logger", "runs_dir", "data_dir",
-    "corpus.path", "data.path", "data.settings", "checkpoint", "checkpoints", "resume", "plan",
-)  # fmt: skip
-LENGTH_KEYS = ("max_tokens", "max_samples", "max_steps")
+from launch.resume_rules import refuse_changes
+
+
+class StoppedError(Exception):
+    """A signal to stop came before the training loop could take care of it."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,8 @@ class RunDirectory:
         try:
             yield write
         except BaseException as error:
-            write("failed", f"{type(error).__name__}: {error}")
+            state = "preempted" if isinstance(error, StoppedError) else "failed"
+            write(state, f"{type(error).__name__}: {error}")
             raise
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -87,9 +86,10 @@ class RunDirectory:
         _replace(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
 
     def is_done(self, config: DictConfig) -> bool:
-        """Whether the run has already trained as long as `config` asks."""
-        done_steps = self.summary.get("step", 0)
-        return self.status.get("state") == "done" and done_steps >= config.plan.max_steps
+        """Whether the run has already trained as long as `config` asks, and need not go back."""
+        is_long_enough = self.summary.get("step", 0) >= config.plan.max_steps
+        is_done = self.status.get("state") == "done" and is_long_enough
+        return is_done and self._is_there_already(str(config.checkpoint))
 
     def find_checkpoint(self, which: str) -> Path | None:
         """Resolve `checkpoint=last|best|<name>|<path>`.
@@ -113,9 +113,8 @@ class RunDirectory:
         if path is None or not path.is_dir():
             path = Path(which)
         if not path.is_dir():
-            names = ", ".join(
-                ["last", "best", *(p.name for p in list_checkpoints(self.checkpoints))]
-            )
+            pointers = [name for name in ("last", "best") if (self.checkpoints / name).exists()]
+            names = ", ".join([*pointers, *(p.name for p in list_checkpoints(self.checkpoints))])
             raise ValueError(
                 f"checkpoint={which} -> {self.path} has none of that name -> use one of {names}"
             )
@@ -152,24 +151,64 @@ class RunDirectory:
                 ) from error
             yield
 
-    def accept(self, config: DictConfig) -> None:
-        """Write `config` as the run's, if it continues what is there or nothing is saved yet.
+    def go_back_to(self, which: str) -> None:
+        """Make the checkpoint that `checkpoint=<name>|best` names the one to continue from, once.
+
+        Later ones are set aside in `checkpoints/abandoned`, and `best` is dropped if it is later.
+        The same command again then continues like any other.
 
         Raises:
-            ValueError: It differs in keys that may not change within a run.
+            ValueError: It is not one of this run's, or its bytes are not what was saved.
         """
-        if self.find_checkpoint("last") is not None:
-            changed = changed_keys(self.config, config)
-            free = FREE_KEYS + (LENGTH_KEYS if config.resume.extend else ())
-            refused = [line for key, line in changed.items() if not _is_within(key, free)]
-            if refused:
-                longer = [key for key in changed if key in LENGTH_KEYS]
-                remedy = "; to train longer add resume.extend=true" if longer else ""
+        from trainers.checkpoint import list_checkpoints, write_atomically
+
+        if self._is_there_already(which):
+            return
+        path = self.find_checkpoint(which)
+        if path is None or path.parent.resolve() != self.checkpoints.resolve():
+            raise ValueError(
+                f"checkpoint={which} -> it is not of run {self.path.name} -> to start from another "
+                f"run's weights use init_from={which} under a new run.name"
+            )
+        self.verify_checkpoint(which)
+        write_atomically(self.checkpoints / "last", path.name + "\n")
+        if _read_json(self.checkpoints / "best").get("checkpoint", "") > path.name:
+            (self.checkpoints / "best").unlink()
+        for later in list_checkpoints(self.checkpoints):
+            if later.name > path.name:
+                aside = self.checkpoints / "abandoned" / later.name
+                aside.parent.mkdir(exist_ok=True)
+                shutil.rmtree(aside, ignore_errors=True)
+                later.replace(aside)
+        write_atomically(self.checkpoints / "went_back", json.dumps({"to": which}) + "\n")
+        self.write_status("starting", f"went back to {path.name}")
+
+    def _is_there_already(self, which: str) -> bool:
+        return which == "last" or _read_json(self.checkpoints / "went_back").get("to") == which
+
+    def compare(self, config: DictConfig) -> None:
+        """Refuse a configuration that does not continue what is there.
+
+        A run that has saved nothing may change in everything.
+
+        Raises:
+            ValueError: It differs in keys that may not change, or ends before what is trained.
+        """
+        from trainers.checkpoint import list_checkpoints
+
+        saved = list_checkpoints(self.checkpoints)
+        if saved:
+            refuse_changes(self.config, config, str(self.path))
+            newest = int(saved[-1].name.removeprefix("step-"))
+            if config.resume.extend and newest > config.plan.max_steps:
                 raise ValueError(
-                    f"run.name={config.run.name} -> {self.path} was trained with another "
-                    f"configuration:\n  " + "\n  ".join(refused) + "\n"
-                    f"-> take these changes back to continue it, or choose another run.name{remedy}"
+                    f"resume.extend=true -> {saved[-1]} is beyond the {config.plan.max_steps} "
+                    f"steps asked for -> ask for more, or go back with checkpoint=<name>"
                 )
+
+    def accept(self, config: DictConfig) -> None:
+        """Write `config` as the run's, and that it is starting."""
+        self.write_status("starting")
         _replace(self.path / "config.yaml", OmegaConf.to_yaml(config))
         if config.data and (tokenizer := Path(config.data.path, "tokenizer.json")).exists():
             shutil.copy(tokenizer, self.path)  # so that a run can be read without its data
@@ -181,7 +220,7 @@ def find_run(run: str, runs_dir: str) -> RunDirectory:
     Raises:
         ValueError: There is none; the names that exist are given.
     """
-    for path in (Path(runs_dir, run), Path(run)):
+    for path in (Path(runs_dir, str(run)), Path(str(run))):
         if (path / "config.yaml").exists():
             return RunDirectory(path)
     known = sorted(path.parent.name for path in Path(runs_dir).glob("*/config.yaml"))
@@ -189,13 +228,13 @@ def find_run(run: str, runs_dir: str) -> RunDirectory:
     raise ValueError(f"run={run} -> no such run in {runs_dir}/ -> there are: {names}")
 
 
-def find_weights(source: str, runs_dir: str) -> Path:
-    """Find the checkpoint that `init_from=<run|checkpoint directory>` names: a run's best or last.
+def load_initial_weights(module: Any, source: str, runs_dir: str) -> None:
+    """Load what `init_from=<run|checkpoint directory>` names into a module: a run's best or last.
 
     Raises:
-        ValueError: There is no such run, or it has saved nothing.
+        ValueError: There is no such run, it has saved nothing, or its weights do not fit.
     """
-    from trainers.checkpoint import MANIFEST, verify
+    from trainers.checkpoint import MANIFEST, load_weights, verify
 
     path: Path | None = Path(source)
     if not (Path(source) / MANIFEST).exists():
@@ -205,35 +244,14 @@ def find_weights(source: str, runs_dir: str) -> Path:
     if path is None:
         raise ValueError(f"init_from={source} -> that run has saved nothing -> train it first")
     verify(path)
-    return path
-
-
-def changed_keys(old: DictConfig, new: DictConfig) -> dict[str, str]:
-    """Keys whose written values differ, interpolations compared as written, each with a line."""
-    before, after = _flatten(old), _flatten(new)
-    return {
-        key: f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    }
-
-
-def _flatten(config: DictConfig) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-
-    def walk(node: Any, prefix: str) -> None:
-        if isinstance(node, dict) and node:
-            for key, value in node.items():
-                walk(value, f"{prefix}.{key}" if prefix else str(key))
-        else:
-            flat[prefix] = node
-
-    walk(OmegaConf.to_container(config, resolve=False), "")
-    return flat
-
-
-def _is_within(key: str, roots: tuple[str, ...]) -> bool:
-    return any(key == root or key.startswith(f"{root}.") for root in roots)
+    try:
+        module.load_state_dict(load_weights(path))
+    except RuntimeError as error:
+        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise ValueError(
+            f"init_from={source} -> its weights do not fit this module ({reasons}) -> use the "
+            f"module settings of that run"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """The process around a verb: configuration, errors, ranks and exit codes."""
 
 import difflib
+import errno
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,13 +14,15 @@ from typing import Any, cast
 
 import hydra
 import hydra.utils
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from launch.run_directory import RunDirectory
+from launch.run_directory import RunDirectory, StoppedError
 
 DONE, FAILED, PREEMPTED = 0, 1, 75
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 Verb = Callable[[DictConfig], int | None]
@@ -35,11 +39,15 @@ def verb(config_name: str) -> Callable[[Verb], Callable[[], None]]:
     def decorate(function: Verb) -> Callable[[], None]:
         def program() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing and leaving
+            stop_by_exception()
             ended: dict[str, Any] = {}
 
             def job(config: DictConfig) -> None:
                 try:
                     ended["code"] = function(config)
+                except StoppedError as reason:
+                    print(f"stopped by {reason} before the first step", file=sys.stderr)
+                    ended["code"] = PREEMPTED
                 except Exception as error:  # past Hydra, which would add lines of its own
                     ended["error"] = error
 
@@ -48,6 +56,8 @@ def verb(config_name: str) -> Callable[[Verb], Callable[[], None]]:
             )
             try:
                 compose(job)()
+            except StoppedError:
+                ended["code"] = PREEMPTED
             except (HydraException, OmegaConfBaseException) as error:
                 ended["error"] = error
             if "error" in ended:
@@ -63,12 +73,24 @@ def verb(config_name: str) -> Callable[[Verb], Callable[[], None]]:
     return decorate
 
 
+def stop_by_exception() -> None:
+    """Until training handles signals itself, let them end the program in order."""
+
+    def stop(number: int, frame: object) -> None:
+        raise StoppedError(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, stop)
+
+
 def explain(error: BaseException, config_name: str) -> str | None:
     """The message for an error that users can mend; None for one that deserves its traceback."""
     chain: BaseException | None = error
     while chain is not None:
         if str(chain).count(" -> ") >= 2:
             return str(chain)
+        if isinstance(chain, OSError) and chain.errno in NO_ROOM:
+            return f"{chain.filename or 'runs_dir'} -> {chain} -> make room, then the same command"
         chain = chain.__cause__ or chain.__context__
     text = str(error)
     if found := re.search(r"Could not find '([^']+)'", text):
@@ -85,6 +107,33 @@ def explain(error: BaseException, config_name: str) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return f"the configuration does not compose -> {text.strip()} -> mend that override"
     return None
+
+
+def refuse_unknown_keys(config: DictConfig, config_name: str) -> None:
+    """Find keys that a YAML file of the user's brings in and nothing reads.
+
+    Hydra refuses unknown keys on the command line only. Nodes with a `_target_` are checked by what
+    they are arguments of.
+
+    Raises:
+        ValueError: There is such a key.
+    """
+    known = set(_all_keys(config_name))
+    free = {"data", "plan", "hydra", "trainer.callbacks"}
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if name in free:
+                continue
+            is_target = isinstance(value, dict) and "_target_" in value
+            if name not in known and not is_target:
+                near = _suggest(name, sorted(known))
+                raise ValueError(f"{name}={value} -> nothing reads such a key -> {near}")
+            if isinstance(value, dict) and not is_target:
+                walk(value, f"{name}.")
+
+    walk(OmegaConf.to_container(config, resolve=False), "")
 
 
 def quiet_libraries() -> None:
@@ -154,7 +203,8 @@ def start_ranks(run: RunDirectory, num_ranks: int) -> int:
     path = [home, os.getcwd(), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "60"  # seconds to save in after a signal
+    # Seconds to finish a step and save in after a signal; torch 2.11 knows 30 only.
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "600"
     try:
         agent = LaunchConfig(
             min_nodes=1,
@@ -172,14 +222,18 @@ def start_ranks(run: RunDirectory, num_ranks: int) -> int:
         )
         launch = elastic_launch(agent, sys.executable)
         launch("-P", "-m", "launch.rank", str(run.path))
-    except SignalException:
-        return PREEMPTED
+    except SignalException as error:
+        return _code_after_signal(run, str(error))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == PREEMPTED:
             return PREEMPTED
-        reason = f"rank {rank} ended with code {failure.exitcode}; its output is in {logs}"
-        if run.status.get("state") == "running":  # it could not say so itself
+        reason = f"rank {rank} ended with code {failure.exitcode}"
+        if rank:  # rank 0 has written and said so itself, or it was killed
+            log = max(logs.glob(f"*/attempt_0/{rank}/stderr.log"), key=os.path.getmtime)
+            lines = log.read_text(errors="replace").strip().splitlines() or ["(no output)"]
+            reason += f": {lines[-1]} (all of it: {log})"
+        if rank or run.status.get("state") != "failed":
             run.write_status("failed", reason)
         print(f"error: {reason}", file=sys.stderr)
         return FAILED
@@ -189,11 +243,20 @@ def start_ranks(run: RunDirectory, num_ranks: int) -> int:
     return DONE
 
 
+def _code_after_signal(run: RunDirectory, reason: str) -> int:
+    """The agent has passed a signal on and lost the ranks' codes; the run's status tells."""
+    state = run.status.get("state")
+    if state == "starting":
+        run.write_status("preempted", f"{reason}, before the first step")
+    if state == "running":
+        run.write_status("failed", f"{reason}; the ranks ended before they could save")
+    return {"done": DONE, "preempted": PREEMPTED, "starting": PREEMPTED}.get(state or "", FAILED)
+
+
 def die_with_parent() -> None:
     """Ask Linux to end this rank when the process that started it is killed."""
     if sys.platform == "linux":
         import ctypes
-        import signal
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -207,11 +270,11 @@ def _suggest(name: str, known: list[str]) -> str:
 
 
 def _all_keys(config_name: str) -> list[str]:
-    from hydra.core.global_hydra import GlobalHydra
-
+    outer = GlobalHydra.instance().hydra  # of the command line, while it runs
     GlobalHydra.instance().clear()
     with hydra.initialize_config_module("conf", version_base=None):
         composed = hydra.compose(config_name)
+    GlobalHydra.instance().hydra = outer
 
     def walk(node: Any, prefix: str) -> list[str]:
         if not isinstance(node, dict):

@@ -4,37 +4,37 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
 from launch.run_directory import RunDirectory
-from trainers.callbacks.step_metrics import StepMetrics
-from trainers.metrics import plot_losses, read_metrics
 
 PATHS = {"checkpoint": "checkpoint", "samples": "samples_file", "loss curve": "losses_png"}
 
 
-def summarize(run: RunDirectory, trainer: lightning.Trainer) -> dict[str, Any]:
+def summarize(run: RunDirectory, trainer: Any) -> dict[str, Any]:
     """Collect a finished run's report and draw its losses; reads `metrics.jsonl` and `samples/`.
 
     Returns:
         `step`, `samples`, `tokens`, the last `val/*` metrics, `tokens_per_s` (mean over this
         launch's training time; None where it trained nothing), and paths.
     """
+    from trainers.callbacks.step_metrics import StepMetrics
+    from trainers.metrics import plot_losses, read_metrics
+
     rows = read_metrics(run.path / "metrics.jsonl")
     plot_losses(rows, run.path / "losses.png", title=run.path.name)
     last = {key: value for row in rows for key, value in row.items() if key.startswith("val/")}
-    metrics = next(c for c in trainer.callbacks if isinstance(c, StepMetrics))  # type: ignore[attr-defined]
+    metrics = next(c for c in trainer.callbacks if isinstance(c, StepMetrics))
     checkpoint = run.find_checkpoint("last")
-    files = sorted((run.path / "samples").glob("*.jsonl"))
+    samples = run.path / "samples" / f"{checkpoint.name}.jsonl" if checkpoint else None
     return {
         **{key: rows[-1][key] for key in ("step", "samples", "tokens")},
         **last,
         "tokens_per_s": metrics.tokens_per_s if metrics.total_seconds else None,
         "checkpoint": str(checkpoint),
-        "samples_file": str(files[-1]) if files else None,
+        "samples_file": str(samples) if samples and samples.exists() else None,
         "losses_png": str(run.path / "losses.png"),
     }
 

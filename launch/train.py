@@ -8,24 +8,26 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from launch import runtime
-from launch.run_directory import RunDirectory, find_weights
+from launch.run_directory import RunDirectory, load_initial_weights
+from launch.summary import print_summary, summarize
 
 
 def train(config: DictConfig) -> int:
     """Train the run that the configuration names, or continue it."""
-    run = RunDirectory(Path(config.runs_dir, config.run.name))
+    runtime.refuse_unknown_keys(config, "train")
+    run = RunDirectory(Path(config.runs_dir, str(config.run.name)))
     num_ranks = runtime.world_size(config)
     complete(config, num_ranks)
-    if runtime.is_rank() and os.environ["RANK"] != "0":
-        return fit(run, config)  # composed for itself; compared with rank 0 before the first step
+    if os.environ.get("RANK", "0") != "0":  # of torchrun; SameStart compares it with rank 0
+        return runtime.DONE if run.is_done(config) else fit(run, config)
     with run.lock():
-        run.accept(config)
+        run.compare(config)
+        run.go_back_to(str(config.checkpoint))
         if run.is_done(config):
-            from launch.summary import print_summary
-
             print_summary(run)
             return runtime.DONE
-        run.verify_checkpoint(config.checkpoint)
+        run.verify_checkpoint("last")
+        run.accept(config)
         if num_ranks > 1 and not runtime.is_rank():
             return runtime.start_ranks(run, num_ranks)
         return fit(run, config)
@@ -37,9 +39,10 @@ def complete(config: DictConfig, num_ranks: int) -> None:
     Nothing here touches a device. Ranks that compose for themselves may all come here at once.
     """
     from trainers.batch_plan import plan_run
-    from trainers.compat import check
+    from trainers.compat import check, resolve_precision
 
     check(config, num_ranks)
+    config.precision = resolve_precision(config)  # written down: another machine may choose another
     tokens_per_sample = config.datamodule.get("sequence_length", 1)
     plan = plan_run(config, tokens_per_sample=tokens_per_sample, world_size=num_ranks)
     config.plan = asdict(plan)
@@ -50,16 +53,15 @@ def complete(config: DictConfig, num_ranks: int) -> None:
 def fit(run: RunDirectory, config: DictConfig) -> int:
     """Train on this rank until the run is done or asked to stop; give the exit code."""
     runtime.quiet_libraries()
-    from launch.summary import print_summary, summarize
     from trainers.build import build_trainer
     from trainers.callbacks.preemption import PreemptedError
-    from trainers.checkpoint import load_weights, read_manifest
+    from trainers.checkpoint import read_manifest
 
-    checkpoint = run.find_checkpoint(config.checkpoint)
+    checkpoint = run.find_checkpoint("last")
     module = instantiate(config.module, _convert_="all")
     datamodule = instantiate(config.datamodule, _convert_="all")
     if config.init_from and checkpoint is None:
-        module.load_state_dict(load_weights(find_weights(config.init_from, config.runs_dir)))
+        load_initial_weights(module, config.init_from, config.runs_dir)
     trainer = build_trainer(
         runtime.plain(config),
         run.path,
@@ -74,9 +76,7 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
         try:
             trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
         except PreemptedError as reason:
-            end(
-                "preempted", f"{reason}; the same command continues from step {trainer.global_step}"
-            )
+            end("preempted", f"{reason}; the same command continues at step {trainer.global_step}")
             return runtime.PREEMPTED
         if trainer.is_global_zero:
             run.write_summary(summarize(run, trainer))

@@ -42,6 +42,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _other_skips.append(report.nodeid)
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:  # a whole module, by importorskip
+        _other_skips.append(report.nodeid)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if _other_skips and os.environ.get("CI"):
         print(f"\nskipped without one of the marks {sorted(NAMED_MARKS)}: {_other_skips}")

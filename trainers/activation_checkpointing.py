@@ -71,6 +71,15 @@ class ActivationCheckpointing(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the blocks their forward back."""
+        self._unwrap()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give it back also where the run does not end well."""
+        self._unwrap()
+
+    def _unwrap(self) -> None:
         for block, forward in self._forwards:
             block.forward = forward
         self._forwards = []

@@ -20,7 +20,6 @@ from trainers.callbacks.randomness import KeyedRandomness
 from trainers.callbacks.same_start import SameStart
 from trainers.callbacks.step_metrics import StepMetrics
 from trainers.checkpoint import CheckpointDirectory
-from trainers.compat import resolve_precision
 from trainers.metrics import JsonLines, StampedLogger
 
 LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -65,7 +64,7 @@ def build_trainer(
         devices=world_size // config["cluster"]["nodes"],
         num_nodes=config["cluster"]["nodes"],
         strategy=strategy,
-        precision=LIGHTNING_PRECISION[resolve_precision(config)],  # pyright: ignore[reportArgumentType]
+        precision=LIGHTNING_PRECISION[config["precision"]],  # pyright: ignore[reportArgumentType]
         max_epochs=1,
         max_steps=plan["max_steps"],
         accumulate_grad_batches=plan["grad_accum"],
@@ -83,9 +82,9 @@ def build_trainer(
             SameStart(config, resume_step=resume_step),
             KeyedRandomness(seed=config["seed"]),
             ActivationCheckpointing(config["activation_checkpointing"]),
+            metrics,  # before anything is saved: what is saved has its row, and diverging is seen
             Previews(directory / "samples"),
             checkpointing,
-            metrics,
             ProgressBar(metrics),
             Preemption(checkpointing),
         ],

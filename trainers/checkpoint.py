@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,6 +36,7 @@ class CheckpointDirectory(CheckpointIO):
     def __init__(self, facts: dict[str, Any]):
         """Remember what every manifest of this run says: strategy, world size, data digest."""
         self.facts = facts
+        self._is_checked = False
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -50,7 +52,10 @@ class CheckpointDirectory(CheckpointIO):
         shutil.rmtree(scratch, ignore_errors=True)
         try:
             _write(scratch, checkpoint, self.facts)
-        except (OSError, RuntimeError, SafetensorError) as error:
+            if not self._is_checked:  # once a launch: what cannot be read should be known now
+                _read_state(scratch)
+                self._is_checked = True
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(scratch, ignore_errors=True)
             free = shutil.disk_usage(path.parent).free / 2**20
             raise ValueError(
@@ -64,9 +69,7 @@ class CheckpointDirectory(CheckpointIO):
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read the directory `path` to the CPU. `verify` comes first, once per launch."""
-        return {"state_dict": load_weights(path)} | torch.load(
-            Path(path, STATE), map_location="cpu", weights_only=True
-        )
+        return {"state_dict": load_weights(path)} | _read_state(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete the directory `path`; a crash on the way leaves nothing that looks whole."""
@@ -147,10 +150,12 @@ def write_atomically(path: Path, text: str) -> None:
 def _write(scratch: Path, checkpoint: dict[str, Any], facts: dict[str, Any]) -> None:
     scratch.mkdir(parents=True)
     state = {key: value for key, value in checkpoint.items() if key != "state_dict"}
-    weights = {key: value.contiguous() for key, value in checkpoint["state_dict"].items()}
-    save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
+    save_file(_unshared(checkpoint["state_dict"]), scratch / WEIGHTS, metadata={"format": "pt"})
     with (scratch / STATE).open("wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # how its writer reports what the file system refused
+            raise OSError(str(error)) from error
     files = {
         name: {"bytes": (scratch / name).stat().st_size, "blake2b": _digest(scratch / name)}
         for name in (WEIGHTS, STATE)
@@ -163,6 +168,30 @@ def _write(scratch: Path, checkpoint: dict[str, Any], facts: dict[str, Any]) -> 
         with (scratch / name).open("rb") as file:
             os.fsync(file.fileno())
     _sync_directory(scratch)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        lines = [line for line in str(error).splitlines() if "Unsupported" in line]
+        reason = lines[0].strip() if lines else "damaged"
+        raise ValueError(
+            f"checkpoint={path} -> {STATE} holds objects that are not read for safety ({reason}) "
+            f"-> keep tensors, numbers, strings, lists and dictionaries in the state of callbacks, "
+            f"modules and datamodules"
+        ) from error
+
+
+def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors, a copy for each further name of one storage: safetensors wants that."""
+    seen: set[int] = set()
+    unshared = {}
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        unshared[name] = tensor.clone() if pointer in seen else tensor.contiguous()
+        seen.add(pointer)
+    return unshared
 
 
 def _replace_directory(scratch: Path, path: Path) -> None:

@@ -4,6 +4,7 @@ Every rule reads the composed configuration and the machine, and answers with a 
 `key=value -> why it cannot work -> what to change`, or with None.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,12 +35,17 @@ def check(config: Mapping[str, Any], world_size: int) -> None:
 
 
 def resolve_precision(config: Mapping[str, Any]) -> str:
-    """`auto` is bf16 where the matrix units have it (CUDA, CPUs with AMX), else fp32."""
+    """`auto` is bf16 where the hardware multiplies it faster (CUDA, AMX, AVX-512 BF16), else fp32.
+
+    On a CUDA device without bf16 it is fp16.
+    """
     if config["precision"] != "auto":
         return config["precision"]
     if _uses_cuda(config):
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+        return "bf16"
+    return "fp32"
 
 
 def _known_precision(config: Mapping[str, Any], world_size: int) -> str | None:
@@ -88,17 +94,36 @@ def _fp16_has_loss_scaling(config: Mapping[str, Any], world_size: int) -> str | 
     return "precision=fp16 -> loss scaling needs a CUDA device -> use precision=bf16 or fp32"
 
 
-def _validates_within_run(config: Mapping[str, Any], world_size: int) -> str | None:
-    for key in ("val_every_steps", "log_every_steps"):
-        value = config["trainer"][key]
-        if not isinstance(value, int) or value < 1:
-            return f"trainer.{key}={value} -> a number of optimizer steps -> use 1 or more"
-    if config["checkpoints"]["keep_last"] < 1:
-        return (
-            f"checkpoints.keep_last={config['checkpoints']['keep_last']} -> nothing would be left "
-            f"to resume from -> use 1 or more"
-        )
+def _counts_are_positive(config: Mapping[str, Any], world_size: int) -> str | None:
+    required = {"trainer": ("val_every_steps", "log_every_steps"), "checkpoints": ("keep_last",)}
+    optional = {"checkpoints": ("every_steps", "keep_every_steps")}
+    for keys, is_optional in ((required, False), (optional, True)):
+        for node, names in keys.items():
+            for name in names:
+                value = config[node][name]
+                if is_optional and value is None:
+                    continue
+                if not isinstance(value, int) or value < 1:
+                    never = " or null for never" if is_optional else ""
+                    return f"{node}.{name}={value} -> it is a whole number -> use 1 or more{never}"
     return None
+
+
+def _nodes_have_ranks(config: Mapping[str, Any], world_size: int) -> str | None:
+    nodes = config["cluster"]["nodes"]
+    if nodes == 1 or "RANK" in os.environ:
+        return None
+    return (
+        f"cluster.nodes={nodes} -> this command starts ranks on this machine only -> start it "
+        f"with torchrun on every node"
+    )
+
+
+def _run_has_a_name(config: Mapping[str, Any], world_size: int) -> str | None:
+    name = str(config["run"]["name"] or "")
+    if name and not set(name) & set("/\\\0") and name not in (".", ".."):
+        return None
+    return f"run.name={name} -> it names a directory in runs_dir -> use a plain name"
 
 
 def _uses_cuda(config: Mapping[str, Any]) -> bool:
@@ -111,5 +136,7 @@ RULES: tuple[Rule, ...] = (
     _enough_devices,
     _single_is_alone,
     _fp16_has_loss_scaling,
-    _validates_within_run,
+    _counts_are_positive,
+    _nodes_have_ranks,
+    _run_has_a_name,
 )

@@ -12,6 +12,8 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
 
+from trainers.checkpoint import write_atomically
+
 Stamp = Callable[[], dict[str, float]]
 
 
@@ -61,7 +63,9 @@ class JsonLines(StampedLogger):
     @rank_zero_only
     def _forget_rows_after_resume_step(self) -> None:
         kept = [row for row in read_metrics(self.path) if row["step"] <= self.resume_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        if not self.path.exists() or self.path.read_text() != text:
+            write_atomically(self.path, text)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:

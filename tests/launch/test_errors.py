@@ -3,12 +3,14 @@
 import json
 import re
 import resource
+import shutil
 import subprocess
 
 import pytest
 
 from launch import runtime
 from trainers.checkpoint import list_checkpoints
+from trainers.metrics import read_metrics
 
 
 @pytest.fixture
@@ -54,6 +56,12 @@ def test_command_line_mistake_names_what_is_near(refuse, override, message):
         (["module.preset=gpt2_tny"], r"module.preset=gpt2_tny -> .*gpt2_tiny"),
         (["module.schedule.warmup_samples=1000"], "module.schedule.* -> .* -> "),
         (["corpus.path=/nowhere"], "corpus.path=/nowhere -> no such file or folder"),
+        (["++bach_tokens=5"], "bach_tokens=5 -> nothing reads such a key -> .* batch_tokens"),
+        (["++trainer.val_every_step=5"], "val_every_step=5 -> nothing reads .*val_every_steps"),
+        (["checkpoints.every_steps=0"], "checkpoints.every_steps=0 -> .* or null for never"),
+        (["checkpoints.monitor=val/los"], "monitor=val/los -> .* -> use one of: .*val/loss"),
+        (["cluster.nodes=2", "strategy=ddp"], "cluster.nodes=2 -> .* -> start it with torchrun"),
+        (["run.name=null"], "run.name= -> it names a directory"),
         (["corpus.path=???"], "corpus.path -> it has no value -> add corpus.path="),
         (["checkpoint=step-7"], "checkpoint=step-7 -> .* has none of that name"),
         (["init_from=nobody"], "run=nobody -> no such run"),
@@ -88,9 +96,35 @@ def test_damaged_checkpoint_is_named_and_the_one_before_offered(small_run, train
     assert train(*longer, f"checkpoint={offered}").summary["step"] == 24
 
 
+def test_going_back_happens_once(small_run, train):
+    whole = train(*small_run, "checkpoints.keep_last=9")
+    losses = read_metrics(whole.path / "metrics.jsonl")
+    back = [*small_run, "checkpoints.keep_last=9", "checkpoint=step-00000010"]
+    run = train(*back)
+    assert run.summary["step"] == 20
+    again = [
+        (row["step"], row.get("train/loss")) for row in read_metrics(run.path / "metrics.jsonl")
+    ]
+    assert again == [(row["step"], row.get("train/loss")) for row in losses]
+    assert (run.checkpoints / "abandoned/step-00000020").is_dir()
+    saved = [path.stat().st_mtime_ns for path in list_checkpoints(run.checkpoints)]
+    train(*back)  # the same command again: it is done
+    assert saved == [path.stat().st_mtime_ns for path in list_checkpoints(run.checkpoints)]
+
+
+def test_missing_newest_checkpoint_leaves_a_way_back(small_run, train):
+    run = train(*small_run, "max_steps=10")
+    shutil.rmtree(run.find_checkpoint("last"))
+    longer = [*small_run, "resume.extend=true"]
+    with pytest.raises(ValueError, match=r"none of that name -> use one of .*step-00000008"):
+        train(*longer)
+    assert train(*longer, "checkpoint=step-00000008").summary["step"] == 20
+
+
 def test_full_disk_during_a_save_keeps_the_last_good_checkpoint(small_run, train):
     run = train(*small_run, "max_steps=10")
     before = sorted(path.name for path in run.checkpoints.iterdir())
+    rows = read_metrics(run.path / "metrics.jsonl")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file may grow beyond
     try:
@@ -99,6 +133,7 @@ def test_full_disk_during_a_save_keeps_the_last_good_checkpoint(small_run, train
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "continues from step-00000010" in str(error.value)
+    assert read_metrics(run.path / "metrics.jsonl")[: len(rows)] == rows
     assert sorted(path.name for path in run.checkpoints.iterdir()) == before
     assert json.loads((run.path / "status.json").read_text())["state"] == "failed"
     assert train(*small_run, "resume.extend=true").summary["step"] == 20

@@ -1,9 +1,12 @@
 """Several ranks on gloo: the same losses as one, and the same resume. Each start costs seconds."""
 
 import gc
+import os
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from launch import runtime
@@ -70,6 +73,11 @@ def test_torchrun_continues_what_one_rank_began(small_run, train, one_rank, comm
     assert_same_losses(losses(one_rank), losses(moved))
     rows = read_metrics(moved.path / "metrics.jsonl")
     assert [row["step"] for row in rows if "val/loss" in row] == [8, 10, 16, 20]
+    again = subprocess.run(
+        [*torchrun, *command("train", *overrides)[1:]], capture_output=True, text=True, timeout=100
+    )
+    assert again.returncode == runtime.DONE, again.stdout + again.stderr
+    assert "moved: done" in again.stdout
 
 
 def test_torchrun_with_another_number_of_ranks_is_refused(small_run, compose, monkeypatch):
@@ -80,10 +88,58 @@ def test_torchrun_with_another_number_of_ranks_is_refused(small_run, compose, mo
         runtime.world_size(config)
 
 
+CALLBACKS = """
+import time
+from lightning.pytorch import Callback
+
+class FailOnRankOne(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == 1 and batch_idx == 3:
+            raise RuntimeError("the second rank has had enough")
+
+class Slow(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        time.sleep(0.5)
+"""
+
+
+@pytest.fixture
+def own_callback(tmp_path, monkeypatch):
+    """A folder with callbacks of the user's; gives the override that adds one."""
+    (tmp_path / "own.py").write_text(CALLBACKS)
+    monkeypatch.chdir(tmp_path)
+    return lambda name: f"+trainer.callbacks.own={{_target_: own.{name}}}"
+
+
+def test_rank_that_fails_alone_is_the_reason(small_run, train, own_callback, capfd):
+    failing = own_callback("FailOnRankOne")
+    run = train(*small_run, *TWO_RANKS, failing, code=runtime.FAILED)
+    assert run.status["state"] == "failed"
+    assert "rank 1 " in run.status["reason"]
+    assert "the second rank has had enough" in run.status["reason"]
+    assert "the second rank has had enough" in capfd.readouterr().err
+
+
+def test_signal_to_every_process_and_once_more_still_saves(
+    small_run, own_callback, start, command, tmp_path
+):
+    slow = own_callback("Slow")
+    process = start(*small_run, *TWO_RANKS, slow, "checkpoints.every_steps=null")
+    run = RunDirectory(tmp_path / "runs" / "small")
+    start.wait(process, run.path, 2)
+    for each in [process, *psutil.Process(process.pid).children(recursive=True)]:
+        os.kill(each.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == runtime.PREEMPTED, output
+    assert run.status["state"] == "preempted"
+    assert run.find_checkpoint("last").name == f"step-{run.status['step']:08d}"
+    assert run.status["step"] >= 2
+
+
 def test_failing_rank_ends_the_run_and_says_why(small_run, train, capfd):
     overrides = ["module.optimizer.name=sgd", "module.optimizer.lr=1e30", "run.name=failed"]
     clip = "module.optimizer.gradient_clip=null"
     run = train(*small_run, *overrides, clip, *TWO_RANKS, code=runtime.FAILED)
     assert run.status["state"] == "failed"
     assert "the run diverged" in run.status["reason"]
-    assert "error: train/loss=nan" in capfd.readouterr().err
+    assert "error: train/loss is not finite" in capfd.readouterr().err

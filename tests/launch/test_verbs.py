@@ -28,6 +28,16 @@ def test_evaluate_repeats_the_validation_of_the_run(run, compose, capfd):
     assert found["test/loss"] != pytest.approx(run.summary["val/loss"], abs=1e-6)
 
 
+def test_evaluate_refuses_another_corpus(run, compose, text_file):
+    text = text_file.read_text()
+    try:
+        text_file.write_text(text.replace("dog", "cat"))
+        with pytest.raises(ValueError, match=r"its corpus has changed .*-> restore"):
+            evaluate_run(compose("evaluate", [f"run={run.path}", "accelerator=cpu"]))
+    finally:
+        text_file.write_text(text)
+
+
 def test_generate_prints_continuations_of_the_prompts(run, compose, capfd, tmp_path):
     overrides = [f"run={run.path}", "accelerator=cpu", "max_new_tokens=6", "num_sequences=2"]
     capfd.readouterr()

@@ -62,6 +62,14 @@ def test_batch_counters_follow_the_accumulation(behind, tmp_path):
 
 def test_peak_flops_are_known_for_gpus_only(monkeypatch):
     assert peak_flops(torch.device("cpu")) is None
-    for name, peak in (("NVIDIA H200", PEAK_FLOPS["H200"]), ("NVIDIA L40S", PEAK_FLOPS["L40S"])):
+    for name, peak in (
+        ("NVIDIA H200", PEAK_FLOPS["H200"]),
+        ("NVIDIA L40S", PEAK_FLOPS["L40S"]),
+        ("NVIDIA L4", PEAK_FLOPS["L4"]),
+        ("NVIDIA A100-SXM4-80GB", PEAK_FLOPS["A100"]),
+        ("NVIDIA H100 80GB HBM3", PEAK_FLOPS["H100"]),
+        ("NVIDIA H100 PCIe", PEAK_FLOPS["H100 PCIe"]),
+        ("Tesla V100-SXM2-16GB", None),  # no bf16
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda", 0)) == peak

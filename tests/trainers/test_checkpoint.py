@@ -81,10 +81,26 @@ def test_newer_format_names_the_version_that_wrote_it(saved):
 
 def test_loading_runs_no_code_from_the_file(content, tmp_path, capfd):
     path = tmp_path / "step-00000001"
-    CheckpointDirectory({}).save_checkpoint(content | {"surprise": Surprise()}, path)
-    with pytest.raises(Exception, match=r"[Ww]eights only"):
+    CheckpointDirectory({}).save_checkpoint(content, path)
+    torch.save(content | {"surprise": Surprise()}, path / "state.pt")
+    with pytest.raises(ValueError, match=r"state.pt holds objects .*Unsupported.* -> keep tensors"):
         CheckpointDirectory({}).load_checkpoint(path)
     assert "code from a checkpoint ran" not in capfd.readouterr().out
+
+
+def test_state_that_could_not_be_read_again_is_refused_when_saved(content, saved):
+    with pytest.raises(ValueError, match=r"state.pt holds objects"):
+        CheckpointDirectory({}).save_checkpoint(
+            content | {"surprise": Surprise()}, saved.parent / "step-00000008"
+        )
+    assert list_checkpoints(saved.parent) == [saved]
+
+
+def test_tied_weights_are_saved_under_both_names(content, tmp_path):
+    content["state_dict"]["tied"] = content["state_dict"]["a.weight"]
+    CheckpointDirectory({}).save_checkpoint(content, tmp_path / "step-00000001")
+    found = load_weights(tmp_path / "step-00000001")
+    assert torch.equal(found["tied"], found["a.weight"])
 
 
 def test_failed_write_leaves_what_was_there(content, saved, monkeypatch):

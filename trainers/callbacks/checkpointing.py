@@ -5,8 +5,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from trainers.callbacks.step_metrics import diverged
 from trainers.checkpoint import list_checkpoints, remove_leftovers, write_atomically
 
 
@@ -47,6 +49,7 @@ class Checkpointing(Callback):
         self._saved_at = time.monotonic()
         self._saved_step = 0
         self._validation_pending = False
+        self._loss: torch.Tensor | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tidy up after a crash, and count from here."""
@@ -94,6 +97,7 @@ class Checkpointing(Callback):
         accum = trainer.accumulate_grad_batches
         if (batch_idx + 1) % accum:
             return
+        self._loss = outputs.get("loss")
         every = trainer.val_check_batch or batch_idx + 1
         if trainer.global_step >= trainer.max_steps:
             every = trainer.val_check_batch = batch_idx + 1
@@ -106,25 +110,45 @@ class Checkpointing(Callback):
         if trainer.state.fn != "fit":
             return
         self._validation_pending = False
-        value = float(trainer.callback_metrics.get(self.monitor, float("inf")))
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(k for k in trainer.callback_metrics if k.startswith("val/")) or "none"
+            raise ValueError(
+                f"checkpoints.monitor={self.monitor} -> validation logs no such metric -> "
+                f"use one of: {known}"
+            )
+        value = float(trainer.callback_metrics[self.monitor])
         is_best = trainer.strategy.broadcast(value < self._best_value())
         if is_best or self._is_due(trainer):
-            self.save(trainer)
-        if is_best and trainer.is_global_zero:
-            best = {"checkpoint": _name(trainer), "metric": self.monitor, "value": value}
-            write_atomically(self.directory / "best", json.dumps(best) + "\n")
-            self._forget_old(trainer)  # the one that was best until now
+            self.save(trainer, best=value if is_best else None)
 
-    def save(self, trainer: Trainer) -> None:
-        """Save now, on all ranks; nothing if this step is saved already."""
+    def save(self, trainer: Trainer, best: float | None = None) -> None:
+        """Save now, on all ranks; nothing if this step is saved already.
+
+        Args:
+            trainer: Of the run.
+            best: Value of `monitor`, where it is the best so far. `best` is moved before `last`: a
+                crash in between repeats the validation rather than lose the best checkpoint.
+
+        Raises:
+            FloatingPointError: The loss of the step is not finite, on any rank.
+        """
         if self._saved_step != trainer.global_step:
+            self._refuse_to_save_nonsense(trainer)
             name = _name(trainer)
             trainer.save_checkpoint(self.directory / name)
             if trainer.is_global_zero:
+                if best is not None:
+                    entry = {"checkpoint": name, "metric": self.monitor, "value": best}
+                    write_atomically(self.directory / "best", json.dumps(entry) + "\n")
                 write_atomically(self.directory / "last", name + "\n")
                 self._forget_old(trainer)
             trainer.strategy.barrier("checkpoint")
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def _refuse_to_save_nonsense(self, trainer: Trainer) -> None:
+        finite = self._loss is None or bool(torch.isfinite(self._loss))
+        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
+            raise diverged(trainer.global_step)
 
     def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step

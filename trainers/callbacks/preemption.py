@@ -19,7 +19,8 @@ class Preemption(Callback):
     """Turns SIGTERM, SIGUSR1 and Ctrl-C into one save at the next optimizer step, on all ranks.
 
     The handler sets a flag; after every optimizer step the ranks agree on it (one reduction of a
-    byte), save together, and leave by `PreemptedError`. A second signal ends the process at once.
+    byte), save together, and leave by `PreemptedError`. A second Ctrl-C ends the process at once; a
+    second SIGTERM does not, since schedulers signal every process and the agent forwards it again.
     """
 
     def __init__(self, checkpointing: Checkpointing):
@@ -46,6 +47,15 @@ class Preemption(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give back the handlers of before Lightning and this callback."""
+        self._give_back()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give them back also where the run does not end well."""
+        self._give_back()
+
+    def _give_back(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -55,4 +65,5 @@ class Preemption(Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)

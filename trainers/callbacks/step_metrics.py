@@ -2,6 +2,7 @@
 
 import math
 import resource
+import sys
 import time
 from typing import Any
 
@@ -12,13 +13,14 @@ from torch.optim import Optimizer
 # Dense peak of matrix products in bf16, FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
     "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "B200": 2250e12,
     "L4": 121e12,
     "L40S": 362e12,
     "A10G": 70e12,
-    "V100": 125e12,
 }
 
 
@@ -33,8 +35,8 @@ class StepMetrics(Callback):
         model FLOPs utilisation = flops_per_sample * samples_per_s / (ranks * peak FLOP/s)
 
     with `flops_per_sample` from the module (forward and backward, attention counted as causal).
-    The clock stands still during validation. Between two rows nothing is read back from the
-    device and ranks exchange nothing.
+    The clock stands still during validation. Between two rows this callback reads nothing back
+    from the device and exchanges nothing between ranks.
 
     Raises:
         FloatingPointError: The loss is not finite; the run ends there rather than train on.
@@ -58,23 +60,28 @@ class StepMetrics(Callback):
         """Start the clock."""
         self._mark, self._marked_step = time.perf_counter(), trainer.global_step
         self._marked_wait = self._seconds_waited(trainer)
+        self._paused_at: float | None = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
         self._paused_at = time.perf_counter()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the clock go on."""
-        if trainer.state.fn == "fit":
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the clock go on after a validation and the samples and saves that come with it."""
+        if self._paused_at is not None:
             self._mark += time.perf_counter() - self._paused_at
+            self._paused_at = None
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Take the norm of the whole gradient, before clipping, where this step is logged."""
+        """Take the step's learning rate and gradient norm, before clipping, where it is logged."""
         if self._logs_step(trainer, trainer.global_step + 1):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+            self._lr = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -100,12 +107,8 @@ class StepMetrics(Callback):
         row = dict(zip(self._sums, means.tolist(), strict=True))
         self._sums = {}
         if not math.isfinite(row["train/loss"]):
-            raise FloatingPointError(
-                f"train/loss={row['train/loss']} at step {step} -> the run diverged -> lower "
-                f"module.optimizer.lr or lengthen the warm-up, and continue from a checkpoint"
-            )
-        optimizer = trainer.optimizers[0]
-        row["train/lr"] = optimizer.param_groups[0]["lr"]
+            raise diverged(step)
+        row["train/lr"] = self._lr
         row["train/grad_norm"] = float(self._gradient_norm)
         row |= self._throughput(trainer, pl_module, step)
         self.latest = row
@@ -137,6 +140,14 @@ class StepMetrics(Callback):
         return getattr(trainer.datamodule, "seconds_waited", 0.0)  # type: ignore[attr-defined]
 
 
+def diverged(step: int) -> FloatingPointError:
+    """The error of a run whose loss is no number any more."""
+    return FloatingPointError(
+        f"train/loss is not finite at step {step} -> the run diverged -> lower "
+        f"module.optimizer.lr or lengthen the warm-up, in a run of another name"
+    )
+
+
 def _flops_per_sample(module: Any) -> float | None:
     return module.flops_per_sample() if hasattr(module, "flops_per_sample") else None
 
@@ -145,12 +156,14 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of a known GPU in FLOP/s; None for other devices."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name.split()), None)
+    # Such as "NVIDIA A100-SXM4-80GB"; padded, so that a name is found as a whole word.
+    words = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
+    return next((peak for key, peak in PEAK_FLOPS.items() if f" {key} " in words), None)
 
 
 def peak_memory_mib(device: torch.device) -> float:
     """Highest memory so far in MiB: the allocator's on a GPU, the process's resident set on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    units_per_mib = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mib

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import wandb
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from trainers.callbacks.preemption import PreemptedError
 from trainers.checkpoint import write_atomically
 from trainers.metrics import StampedLogger
 
@@ -34,12 +36,13 @@ class WandbLogger(StampedLogger):
         tags: list[str],
         mode: str | None,
     ):
-        """Take what `wandb.init` needs; `mode` None is online with an API key, else offline."""
+        """Take what `wandb.init` needs; `mode` None: as WANDB_MODE, or by the key."""
         super().__init__()
         self.directory = Path(directory)
         self.run_config, self.project, self.entity = dict(run_config), project, entity
         self.group, self.tags = group, tags
-        self.mode = mode or ("online" if _has_api_key() else "offline")
+        default = "online" if _has_api_key() else "offline"
+        self.mode = mode or os.environ.get("WANDB_MODE") or default
         self._run: Any = None
 
     @property
@@ -77,9 +80,10 @@ class WandbLogger(StampedLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Close the client's run; `failed` marks it so."""
+        """Close the client's run; Lightning says `failed` of one that was asked to stop, too."""
         if self._run is not None:
-            self._run.finish(exit_code=int(status == "failed"))
+            is_failed = status == "failed" and not isinstance(sys.exc_info()[1], PreemptedError)
+            self._run.finish(exit_code=int(is_failed))
             self._run = None
 
     @rank_zero_only

@@ -1,0 +1,61 @@
+"""What may differ between two launches of one run, and what may not."""
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+# On resume these may change; any other difference stops the run and is listed.
+FREE_KEYS = (
+    "trainer.devices", "trainer.accelerator", "cluster", "strategy", "micro_batch",
+    "activation_checkpointing", "datamodule.num_workers", "logger", "runs_dir", "data_dir",
+    "corpus.path", "corpus.num_processes", "data.path", "data.settings",
+    "checkpoint", "checkpoints", "resume", "plan",
+)  # fmt: skip
+LENGTH_KEYS = ("max_tokens", "max_samples", "max_steps")
+
+
+def refuse_changes(old: DictConfig, new: DictConfig, run: str) -> None:
+    """Compare the configuration of a run with the one that is to continue it.
+
+    Raises:
+        ValueError: They differ in keys that may not change; each is listed.
+    """
+    changed = changed_keys(old, new)
+    free = FREE_KEYS + (LENGTH_KEYS if new.resume.extend else ())
+    refused = [line for key, line in changed.items() if not _is_within(key, free)]
+    if refused:
+        is_longer = any(key in LENGTH_KEYS for key in changed)
+        remedy = "; to train longer add resume.extend=true" if is_longer else ""
+        raise ValueError(
+            f"run.name={new.run.name} -> {run} was trained with another configuration:\n  "
+            + "\n  ".join(refused)
+            + f"\n-> take these changes back to continue it, or choose another run.name{remedy}"
+        )
+
+
+def changed_keys(old: DictConfig, new: DictConfig) -> dict[str, str]:
+    """Keys whose written values differ, interpolations compared as written, each with a line."""
+    before, after = _flatten(old), _flatten(new)
+    return {
+        key: f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    }
+
+
+def _flatten(config: DictConfig) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                walk(value, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            flat[prefix] = node
+
+    walk(OmegaConf.to_container(config, resolve=False), "")
+    return flat
+
+
+def _is_within(key: str, roots: tuple[str, ...]) -> bool:
+    return any(key == root or key.startswith(f"{root}.") for root in roots)
