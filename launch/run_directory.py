@@ -66,14 +66,17 @@ class RunDirectory:
 
         Written by rank zero; an exception that passes through is the reason of a failed run.
         """
+        from trainers.checkpoint import read_last
 
         def write(state: str, reason: str = "") -> None:
             if trainer.is_global_zero:
                 self.write_status(state, reason, step=trainer.global_step)
-                if state == "preempted":
-                    print(f"{self.path.name}: {state}: {reason}", flush=True)
+                if state in ("running", "preempted"):
+                    print(f"run {self.path.name}: {state}: {reason}", flush=True)
 
-        write("running")
+        last = read_last(self.checkpoints)
+        begins = f"continues from {last}" if last else "begins"
+        write("running", f"{begins}, up to {trainer.max_steps} steps, in {self.path}")
         try:
             yield write
         except BaseException as error:

@@ -11,6 +11,7 @@ import pytest
 
 from launch import runtime
 from launch.run_directory import RunDirectory
+from trainers.checkpoint import read_last
 from trainers.metrics import read_metrics
 
 # torch's elastic agent leaves the log files of its ranks to the garbage collector.
@@ -132,7 +133,7 @@ def test_signal_to_every_process_and_once_more_still_saves(
     output, _ = process.communicate(timeout=60)
     assert process.returncode == runtime.PREEMPTED, output
     assert run.status["state"] == "preempted"
-    assert run.find_checkpoint("last").name == f"step-{run.status['step']:08d}"
+    assert read_last(run.checkpoints) == f"step-{run.status['step']:08d}"
     assert run.status["step"] >= 2
 
 

@@ -13,34 +13,7 @@ def build(roles):
     return MuonAdamW(roles, lr=RATES, momentum=0.95, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
 
 
-def make_roles(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def parameter(*size):
-        return nn.Parameter(torch.randn(*size, generator=generator))
-
-    return {
-        "matrix": [parameter(8, 8), parameter(16, 8), parameter(8, 8), parameter(8, 16)],
-        "embedding": [parameter(10, 8)],
-        "head": [parameter(10, 8)],
-        "other": [parameter(8)],
-    }
-
-
-def flat(roles):
-    return [parameter for parameters in roles.values() for parameter in parameters]
-
-
-def take_steps(roles, optimizers, num_steps=5, start=0):
-    for step in range(start, start + num_steps):
-        generator = torch.Generator().manual_seed(step)
-        for parameter in flat(roles):
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        for optimizer in optimizers:
-            optimizer.step()
-
-
-def test_muon_equals_separate_torch_optimizers():
+def test_muon_equals_separate_torch_optimizers(make_roles, take_steps):
     ours, reference = make_roles(), make_roles()
     rates = {role: rate for role, rate in RATES.items() if role != "matrix"}
     separate = [
@@ -71,7 +44,7 @@ def test_muon_batch_rounds_as_bf16_does():
     torch.testing.assert_close(together, tall, rtol=0.05, atol=0.02)
 
 
-def test_muon_state_round_trips_through_a_safe_load():
+def test_muon_state_round_trips_through_a_safe_load(make_roles, flat, take_steps):
     straight, resumed = make_roles(), make_roles()
     optimizer = build(straight)
     take_steps(straight, [optimizer], num_steps=6)
@@ -88,7 +61,7 @@ def test_muon_state_round_trips_through_a_safe_load():
         assert torch.equal(a, b)
 
 
-def test_muon_refuses_flattened_matrices():
+def test_muon_refuses_flattened_matrices(make_roles):
     roles = make_roles()
     with pytest.raises(ValueError, match=r"module\.optimizer\.name=muon.*shape \(4,\)"):
         build(roles | {"matrix": [nn.Parameter(torch.ones(4))]})

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from modules.muon import MuonAdamW
 from modules.optim import Schedule, build_optimizer, build_schedule
@@ -32,34 +31,7 @@ def build(roles, **overrides: Any):
     return build_optimizer(roles, **(SETTINGS | overrides))
 
 
-def make_roles(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def parameter(*size):
-        return nn.Parameter(torch.randn(*size, generator=generator))
-
-    return {
-        "matrix": [parameter(8, 8), parameter(16, 8), parameter(8, 8), parameter(8, 16)],
-        "embedding": [parameter(10, 8)],
-        "head": [parameter(10, 8)],
-        "other": [parameter(8)],
-    }
-
-
-def flat(roles):
-    return [parameter for parameters in roles.values() for parameter in parameters]
-
-
-def take_steps(roles, optimizers, num_steps=5, start=0):
-    for step in range(start, start + num_steps):
-        generator = torch.Generator().manual_seed(step)
-        for parameter in flat(roles):
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        for optimizer in optimizers:
-            optimizer.step()
-
-
-def test_fused_adamw_equals_plain_adamw_with_decay_on_matrices_only():
+def test_fused_adamw_equals_plain_adamw_with_decay_on_matrices_only(make_roles, flat, take_steps):
     ours, reference = make_roles(), make_roles()
     decayed = [p for p in flat(reference) if p.ndim >= 2]
     plain = torch.optim.AdamW(
@@ -76,12 +48,12 @@ def test_fused_adamw_equals_plain_adamw_with_decay_on_matrices_only():
     torch.testing.assert_close(flat(ours), flat(reference), rtol=1e-6, atol=1e-6)
 
 
-def test_unknown_optimizer_is_refused():
+def test_unknown_optimizer_is_refused(make_roles):
     with pytest.raises(ValueError, match=r"module\.optimizer\.name=adam .*adamw, muon or sgd"):
         build(make_roles(), name="adam")
 
 
-def test_schedule_scales_every_group_alike():
+def test_schedule_scales_every_group_alike(make_roles):
     optimizer = build(make_roles(), name="muon")
     assert isinstance(optimizer, MuonAdamW)
     scheduler = build_schedule(optimizer, Schedule(PLAN, **SCHEDULE), PLAN["batch_samples"])
