@@ -11,7 +11,8 @@ from trainers.callbacks.step_metrics import PEAK_FLOPS, peak_flops
 
 def draw(step, micro=0, rank=0, seed=1):
     trainer = SimpleNamespace(global_step=step, global_rank=rank, accumulate_grad_batches=4)
-    KeyedRandomness(seed=seed).on_train_batch_start(trainer, None, None, 4 * step + micro)
+    module = SimpleNamespace(device=torch.device("cpu"))
+    KeyedRandomness(seed=seed).on_train_batch_start(trainer, module, None, 4 * step + micro)
     return torch.rand(1).item()
 
 

@@ -23,4 +23,9 @@ class KeyedRandomness(Callback):
         """Seed this micro-batch's forward and backward pass."""
         micro = batch_idx % trainer.accumulate_grad_batches
         key = f"{self.seed}/{trainer.global_step}/{micro}/{trainer.global_rank}".encode()
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little"))
+        # 63 bits: torch takes seeds as signed integers.
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+        # Not torch.manual_seed: it formats a traceback for every device that is not in use.
+        torch.default_generator.manual_seed(seed)
+        if pl_module.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
