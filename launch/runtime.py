@@ -46,7 +46,7 @@ def verb(config_name: str) -> Callable[[Verb], Callable[[], None]]:
                 try:
                     ended["code"] = function(config)
                 except StoppedError as reason:
-                    print(f"stopped by {reason} before the first step", file=sys.stderr)
+                    print(f"stopped by {reason}: the same command starts again", file=sys.stderr)
                     ended["code"] = PREEMPTED
                 except Exception as error:  # past Hydra, which would add lines of its own
                     ended["error"] = error
