@@ -58,15 +58,12 @@ def on_one_device(config: DictConfig, accelerator: str) -> DictConfig:
 
 
 def evaluate(config: DictConfig, module: Any, split: str, accelerator: str) -> dict[str, float]:
-    """Run `validation_step` or `test_step` over a whole split on one device.
-
-    Raises:
-        ValueError: The corpus is not what the run was trained on any more.
-    """
+    """Run `validation_step` or `test_step` over a split on one device; give what they log."""
     import lightning
 
     from trainers.build import LIGHTNING_PRECISION, resolve_accelerator
 
+    refuse_other_data(config)
     trainer = lightning.Trainer(
         accelerator=resolve_accelerator(accelerator),
         devices=1,
@@ -77,17 +74,26 @@ def evaluate(config: DictConfig, module: Any, split: str, accelerator: str) -> d
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    if "_target_" in config.corpus:
-        digest = instantiate(config.corpus).prepare(config.data_dir).facts["digest"]
-        if digest != config.data.digest:
-            raise ValueError(
-                f"run={config.run.name} -> its corpus has changed (data {digest}, trained on "
-                f"{config.data.digest}) -> restore {config.corpus.get('path')}, or run this from "
-                f"the folder it was trained in"
-            )
     datamodule = instantiate(config.datamodule, _convert_="all")
     score = trainer.validate if split == "val" else trainer.test
     return dict(score(module, datamodule=datamodule, verbose=False)[0])
+
+
+def refuse_other_data(config: DictConfig) -> None:
+    """Compare the corpus, prepared anew where its data is gone, with what the run was trained on.
+
+    Raises:
+        ValueError: It has changed.
+    """
+    if "_target_" not in config.corpus:
+        return
+    digest = instantiate(config.corpus).prepare(config.data_dir).facts["digest"]
+    if digest != config.data.digest:
+        raise ValueError(
+            f"run={config.run.name} -> its corpus has changed (data {digest}, trained on "
+            f"{config.data.digest}) -> restore {config.corpus.get('path')}, or run this from the "
+            f"folder it was trained in"
+        )
 
 
 main = runtime.verb("evaluate")(evaluate_run)

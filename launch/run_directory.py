@@ -166,6 +166,9 @@ class RunDirectory:
         from trainers.checkpoint import list_checkpoints, write_atomically
 
         if self._is_there_already(which):
+            if which != "last":
+                mark = self.checkpoints / "went_back"
+                print(f"checkpoint={which}: went back before; to do so again delete {mark}")
             return
         path = self.find_checkpoint(which)
         if path is None or path.parent.resolve() != self.checkpoints.resolve():
@@ -203,7 +206,8 @@ class RunDirectory:
         if saved:
             refuse_changes(self.config, config, str(self.path))
             newest = int(saved[-1].name.removeprefix("step-"))
-            if config.resume.extend and newest > config.plan.max_steps:
+            stays = self._is_there_already(str(config.checkpoint))
+            if config.resume.extend and stays and newest > config.plan.max_steps:
                 raise ValueError(
                     f"resume.extend=true -> {saved[-1]} is beyond the {config.plan.max_steps} "
                     f"steps asked for -> ask for more, or go back with checkpoint=<name>"

@@ -195,16 +195,9 @@ def start_ranks(run: RunDirectory, num_ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logs = run.path / "logs"
-    logs.mkdir(exist_ok=True)
-    home = str(Path(__file__).resolve().parent.parent)
+    (run.path / "logs").mkdir(exist_ok=True)
     before = dict(os.environ)
-    # -P keeps the working folder from shadowing our packages; the user's own come after them.
-    path = [home, os.getcwd(), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    # Seconds to finish a step and save in after a signal; torch 2.11 knows 30 only.
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "600"
+    os.environ |= _rank_environment(num_ranks)
     try:
         agent = LaunchConfig(
             min_nodes=1,
@@ -216,31 +209,50 @@ def start_ranks(run: RunDirectory, num_ranks: int) -> int:
             local_addr="127.0.0.1",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(
-                log_dir=str(logs), redirects=dict.fromkeys(range(1, num_ranks), Std.ALL)
+                log_dir=str(run.path / "logs"),
+                redirects=dict.fromkeys(range(1, num_ranks), Std.ALL),
             ),
             signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         )
-        launch = elastic_launch(agent, sys.executable)
-        launch("-P", "-m", "launch.rank", str(run.path))
+        elastic_launch(agent, sys.executable)("-P", "-m", "launch.rank", str(run.path))
     except SignalException as error:
         return _code_after_signal(run, str(error))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == PREEMPTED:
-            return PREEMPTED
-        reason = f"rank {rank} ended with code {failure.exitcode}"
-        if rank:  # rank 0 has written and said so itself, or it was killed
-            log = max(logs.glob(f"*/attempt_0/{rank}/stderr.log"), key=os.path.getmtime)
-            lines = log.read_text(errors="replace").strip().splitlines() or ["(no output)"]
-            reason += f": {lines[-1]} (all of it: {log})"
-        if rank or run.status.get("state") != "failed":
-            run.write_status("failed", reason)
-        print(f"error: {reason}", file=sys.stderr)
-        return FAILED
+        return _code_after_failure(run, rank, failure.exitcode)
     finally:
         os.environ.clear()
         os.environ.update(before)
     return DONE
+
+
+def _rank_environment(num_ranks: int) -> dict[str, str]:
+    home = str(Path(__file__).resolve().parent.parent)
+    # -P keeps the working folder from shadowing our packages; the user's own come after them.
+    path = [home, os.getcwd(), os.environ.get("PYTHONPATH", "")]
+    threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+        # Seconds to finish a step and save in after a signal; torch 2.11 knows 30 only.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+    }
+
+
+def _code_after_failure(run: RunDirectory, rank: int, exitcode: int) -> int:
+    """Say which rank ended the run and why; the others fail after it, with less to tell."""
+    if exitcode == PREEMPTED:
+        return PREEMPTED
+    reason = f"rank {rank} ended with code {exitcode}"
+    if rank:  # rank 0 has written and said so itself, or it was killed
+        logs = (run.path / "logs").glob(f"*/attempt_0/{rank}/stderr.log")
+        log = max(logs, key=os.path.getmtime)
+        lines = log.read_text(errors="replace").strip().splitlines() or ["(no output)"]
+        reason += f": {lines[-1]} (all of it: {log})"
+    if rank or run.status.get("state") != "failed":
+        run.write_status("failed", reason)
+    print(f"error: {reason}", file=sys.stderr)
+    return FAILED
 
 
 def _code_after_signal(run: RunDirectory, reason: str) -> int:

@@ -112,6 +112,14 @@ def test_going_back_happens_once(small_run, train):
     assert saved == [path.stat().st_mtime_ns for path in list_checkpoints(run.checkpoints)]
 
 
+def test_shorter_run_needs_to_go_back(small_run, train):
+    train(*small_run, "checkpoints.keep_last=9")
+    shorter = [*small_run, "max_steps=12", "resume.extend=true"]
+    with pytest.raises(ValueError, match=r"step-00000020 is beyond the 12 steps .* go back"):
+        train(*shorter)
+    assert train(*shorter, "checkpoint=step-00000008").summary["step"] == 12
+
+
 def test_missing_newest_checkpoint_leaves_a_way_back(small_run, train):
     run = train(*small_run, "max_steps=10")
     shutil.rmtree(run.find_checkpoint("last"))

@@ -13,6 +13,7 @@ from torch import equal
 from launch import runtime
 from launch.run_directory import RunDirectory
 from launch.train import complete
+from modules.gpt import GPT
 from trainers.callbacks.preemption import Preemption
 from trainers.checkpoint import list_checkpoints
 from trainers.metrics import read_metrics
@@ -102,6 +103,15 @@ def test_stopped_run_saves_says_so_and_continues(small_run, train, start, name):
     assert (run_path / "checkpoints/last").read_text().strip() == f"step-{status['step']:08d}"
     if name == "SIGTERM":  # once: the others take the same path
         assert_same_weights(train(*long, "run.name=whole"), train(*long))
+
+
+def test_module_without_validation_is_saved_at_its_end(small_run, train, monkeypatch):
+    for name in ("validation_step", "on_validation_epoch_end"):
+        monkeypatch.delattr(GPT, name)
+    run = train(*small_run, "checkpoints.every_steps=null")
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step-00000020"]
+    assert run.summary["checkpoint"].endswith("step-00000020")
+    assert "val/loss" not in run.summary
 
 
 @pytest.mark.parametrize("step", [8, 9, 20])

@@ -101,7 +101,8 @@ class Checkpointing(Callback):
         every = trainer.val_check_batch or batch_idx + 1
         if trainer.global_step >= trainer.max_steps:
             every = trainer.val_check_batch = batch_idx + 1
-        self._validation_pending = bool(trainer.limit_val_batches) and (batch_idx + 1) % every == 0
+        # Not limit_val_batches: a module without validation_step never comes to on_validation_end.
+        self._validation_pending = trainer.enable_validation and (batch_idx + 1) % every == 0
         if not self._validation_pending and self._is_due(trainer):
             self.save(trainer)
 

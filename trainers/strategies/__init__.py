@@ -1,1 +1,0 @@
-"""The strategies behind `strategy=`: names to Lightning strategies."""
