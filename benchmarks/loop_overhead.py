@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from launch import runtime
 from launch.train import complete
 from trainers.build import build_trainer
+from trainers.strategies.replicated import Single
 
 TURN_STEPS = 100
 TEXT_BYTES = 2**20
@@ -183,7 +184,9 @@ def compete(folder: Path, *, seed: int, steps: int) -> tuple[dict[str, list[floa
     config = configure(folder, seed=seed, steps=steps)
     module = instantiate(config.module, _convert_="all")
     datamodule: LightningDataModule = instantiate(config.datamodule, _convert_="all")
-    same_start = instantiate(config.module, _convert_="all").network
+    same = instantiate(config.module, _convert_="all")
+    same.configure_model()
+    same_start = same.network
     tokenizer = Tokenizer.from_file(f"{config.data.path}/tokenizer.json")
     text = (folder / "input.txt").read_text()[: config.data.bytes.train]  # ASCII: bytes are letters
     plain = PlainLoop(config, same_start, np.array(tokenizer.encode(text).ids))
@@ -194,7 +197,7 @@ def compete(folder: Path, *, seed: int, steps: int) -> tuple[dict[str, list[floa
         directory,
         world_size=1,
         resume_step=0,
-        strategy="auto",
+        strategy=Single,
         loggers=[],
         callbacks=[turns],
         profiler=None,

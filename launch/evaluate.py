@@ -45,7 +45,7 @@ def load_module(run: RunDirectory, which: str, accelerator: str) -> tuple[str, A
     if checkpoint is None:
         raise ValueError(f"run={run.path.name} -> it has saved nothing yet -> train it first")
     module = instantiate(run.config.module, _convert_="all")
-    module.load_state_dict(load_weights(checkpoint))
+    module.load_state_dict(load_weights(checkpoint), assign=True)
     return checkpoint.name, module.eval()
 
 
@@ -61,13 +61,15 @@ def evaluate(config: DictConfig, module: Any, split: str, accelerator: str) -> d
     """Run `validation_step` or `test_step` over a split on one device; give what they log."""
     import lightning
 
-    from trainers.build import LIGHTNING_PRECISION, resolve_accelerator
+    from trainers.build import resolve_accelerator
+    from trainers.strategies.precision import Autocast
 
     refuse_other_data(config)
+    accelerator = resolve_accelerator(accelerator)
     trainer = lightning.Trainer(
-        accelerator=resolve_accelerator(accelerator),
+        accelerator=accelerator,
         devices=1,
-        precision=LIGHTNING_PRECISION[config.precision],  # pyright: ignore[reportArgumentType]
+        plugins=[Autocast(config.precision, accelerator)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=True,

@@ -252,7 +252,7 @@ def load_initial_weights(module: Any, source: str, runs_dir: str) -> None:
         raise ValueError(f"init_from={source} -> that run has saved nothing -> train it first")
     verify(path)
     try:
-        module.load_state_dict(load_weights(path))
+        module.load_state_dict(load_weights(path), assign=True)
     except RuntimeError as error:
         reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise ValueError(

@@ -15,7 +15,7 @@ from torchmetrics import SumMetric
 
 from datamodules.batch import IGNORED, TextBatch
 from modules.generation import generate
-from modules.gpt_networks import GPTNetwork
+from modules.gpt_networks import GPTNetwork, initial_value
 from modules.gpt_presets import shape_from
 from modules.optim import Schedule, build_optimizer, build_schedule
 
@@ -72,11 +72,9 @@ class GPT(LightningModule):
     ):
         super().__init__()
         shape = shape_from(preset, dict(network))
-        # On the meta device first, so that torch's own initial values are not drawn in vain.
+        # Without storage until it is known where: a strategy may give a rank its shards only.
         with torch.device("meta"):
             self.network = GPTNetwork(shape, vocab_size=vocab_size, sequence_length=sequence_length)
-        self.network.to_empty(device=torch.get_default_device())
-        self.network.initialise(seed)
         self.optimizer_settings = {k: v for k, v in optimizer.items() if k != "gradient_clip"}
         self.schedule = Schedule(plan, **schedule)  # here, so that a wrong one fails early
         self.bytes_per_token = bytes_per_token
@@ -87,6 +85,22 @@ class GPT(LightningModule):
         # in one, but of torchmetrics 1.9 ignores weights when told to keep nan.)
         self.nats = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
         self.num_targets = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
+
+    def configure_model(self) -> None:
+        """Give the network storage and initial values, unless it has them or shards of them."""
+        if any(parameter.is_meta for parameter in self.network.parameters()):
+            self.network.to_empty(device=torch.get_default_device())
+            self.network.initialise(self.seed)
+
+    def initial_value(self, name: str) -> Tensor:
+        """Initial value of the parameter that `named_parameters` calls `name`; fp32, on the CPU."""
+        size = self.get_parameter(name).shape
+        return initial_value(self.network.shape, name.removeprefix("network."), size, self.seed)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks that have an optimizer each: one."""
+        return {"network": self.network}
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -13,19 +13,17 @@ from torch import Tensor, nn
 
 from modules.gpt_presets import GPTShape
 from modules.layers import (
-    NORM_EPSILON,
     KeyValueCache,
     Reduction,
-    RMSNorm,
     apply_rotary,
     attention,
     document_mask,
     document_positions,
     linear_cross_entropy,
-    rms_norm,
     rotary_tables,
     soft_cap,
 )
+from modules.norms import NORM_EPSILON, LayerNorm, RMSNorm, rms_norm
 
 
 class Attention(nn.Module):
@@ -187,6 +185,8 @@ class GPTNetwork(nn.Module):
         else:
             mask, positions = document_mask(documents), document_positions(documents)  # [B, T]
         x = self.embedding(inputs)  # [B, T, D]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # the residual stream, also where a strategy keeps weights in bf16
         rotary = None
         if self.shape.positions == "learned":
             x = x + self.position_embedding(positions)
@@ -203,7 +203,8 @@ class GPTNetwork(nn.Module):
         """Make an empty cache for `batch` sequences of up to `sequence_length` tokens."""
         shape = self.shape
         size = (shape.num_layers, batch, shape.num_kv_heads, self.sequence_length, shape.head_width)
-        keys = self.embedding.weight.new_empty(size)
+        weight = self.embedding.weight  # may be a shard: only its kind counts
+        keys = torch.empty(size, dtype=weight.dtype, device=weight.device)
         return KeyValueCache(keys, torch.empty_like(keys))
 
     @torch.no_grad()
@@ -261,6 +262,6 @@ def initial_value(shape: GPTShape, name: str, size: torch.Size, seed: int) -> Te
 def _norm(shape: GPTShape) -> nn.Module:
     if shape.norm == "rmsnorm":
         return RMSNorm(shape.width, gain=shape.norm_gain)
-    return nn.LayerNorm(
+    return LayerNorm(
         shape.width, eps=NORM_EPSILON, elementwise_affine=shape.norm_gain, bias=shape.bias
     )

@@ -13,64 +13,10 @@ from torch import Tensor, nn
 
 from datamodules.batch import IGNORED
 
-NORM_EPSILON = 1e-5
-"""Added to the mean square or variance; the value of GPT-2 and Llama 2."""
-
 PLAIN_LOGITS_BYTES = 32 * 2**20
 """Up to this size (as fp32) all logits are made at once, the fastest form; above, in chunks."""
 
 Reduction = Literal["mean", "sum"]
-
-
-class _RMSNormOnCPU(torch.autograd.Function):
-    """`F.rms_norm` without gain, from fewer passes than torch's composite form on a CPU.
-
-    Forward and backward of [12, 64, 128] take 0.25 ms instead of 0.37 on one core; a step of the
-    smallest modern preset, with its norms of queries and keys, 80 ms instead of 86.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.rsqrt(norm.square() / x.size(-1) + NORM_EPSILON)
-        y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        y, scale = ctx.saved_tensors
-        (grad,) = grad_outputs
-        return torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1).mul_(scale)
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """Normalise the last dimension to a root mean square of 1: x / sqrt(mean(x^2) + eps).
-
-    Zhang and Sennrich 2019, arXiv 1910.07467, equation 4, without gain. Computed in fp32 whatever
-    the dtype of `x`, which the result has.
-    """
-    if x.device.type == "cpu":
-        return cast(Tensor, _RMSNormOnCPU.apply(x.float())).to(x.dtype)
-    return F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPSILON).to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """`rms_norm` as a layer, with a learned gain if wanted.
-
-    Args:
-        width: Size of the last dimension.
-        gain: Whether there is a gain; without it the layer has no parameters.
-    """
-
-    def __init__(self, width: int, *, gain: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width)) if gain else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` [..., D]."""
-        y = rms_norm(x)
-        return y if self.weight is None else y * self.weight.to(x.dtype)
 
 
 def document_positions(documents: Tensor) -> Tensor:

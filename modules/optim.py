@@ -27,7 +27,9 @@ def build_optimizer(
     """Build the optimizer of `module.optimizer`.
 
     Args:
-        roles: Parameters by role; those without gradients are left out.
+        roles: Parameters by role; those without gradients are left out. Every optimizer here is
+            fused or reads `found_inf` like a fused one, so that a step can be called off on the
+            device.
         name: `adamw`, `muon` or `sgd`.
         lr: Peak learning rate; under `muon` that of the matrices.
         weight_decay: Decoupled (`adamw`, `muon`) or L2 (`sgd`); applies to parameters of two or
@@ -51,12 +53,12 @@ def build_optimizer(
     betas = tuple(adamw["betas"])
     if name == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=adamw["eps"], fused=True)
-        # Fused optimizers offer to unscale fp16 gradients themselves, and Lightning then refuses
-        # to clip, in bf16 as well. Without the offer the scaler unscales first, and both work.
+        # Under plain Lightning: fused optimizers offer to unscale fp16 gradients themselves, and it
+        # then refuses to clip, in bf16 as well.
         optimizer._step_supports_amp_scaling = False  # pyright: ignore[reportAttributeAccessIssue]
         return optimizer
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=sgd["momentum"])
+        return torch.optim.SGD(groups, lr=lr, momentum=sgd["momentum"], fused=True)
     if name == "muon":
         rates = {role: muon[f"{role}_lr"] for role in ("embedding", "head", "other")}
         return MuonAdamW(

@@ -61,7 +61,9 @@ def cosine_after_warmup(step):
 
 def train_by_hand(config, batches, rate=cosine_after_warmup):
     """Give the loss of every step and the trained network."""
-    network = instantiate(config.module, _convert_="all").network
+    module = instantiate(config.module, _convert_="all")
+    module.configure_model()
+    network = module.network
     tables = [p for p in network.parameters() if p.ndim >= 2]
     vectors = [p for p in network.parameters() if p.ndim < 2]
     groups = [

@@ -1,6 +1,6 @@
 """One Lightning Trainer from a run's configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.strategies import Strategy
 
 from trainers.activation_checkpointing import ActivationCheckpointing
 from trainers.callbacks.checkpointing import Checkpointing
@@ -21,8 +20,7 @@ from trainers.callbacks.same_start import SameStart
 from trainers.callbacks.step_metrics import StepMetrics
 from trainers.checkpoint import CheckpointDirectory
 from trainers.metrics import JsonLines, StampedLogger
-
-LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+from trainers.strategies.parts import PartsStrategy
 
 
 def build_trainer(
@@ -31,7 +29,7 @@ def build_trainer(
     *,
     world_size: int,
     resume_step: int,
-    strategy: Strategy | str,
+    strategy: Callable[..., PartsStrategy],
     loggers: list[Logger],
     callbacks: list[Callback],
     profiler: Profiler | None,
@@ -46,7 +44,7 @@ def build_trainer(
         directory: The run directory.
         world_size: Number of ranks.
         resume_step: Step of the checkpoint that the run continues from; 0 at the start.
-        strategy: A Lightning strategy, or `auto` for one device.
+        strategy: Makes one of `trainers.strategies` from precision, device and clipping.
         loggers: Loggers beside `metrics.jsonl`.
         callbacks: The user's own, run before ours.
         profiler: A Lightning profiler, or None.
@@ -57,18 +55,21 @@ def build_trainer(
         batch_samples=plan["batch_samples"],
         tokens_per_sample=plan["tokens_per_sample"],
     )
+    accelerator = resolve_accelerator(options["accelerator"])
     checkpointing = Checkpointing(directory / "checkpoints", **config["checkpoints"])
     loggers = [JsonLines(directory / "metrics.jsonl", resume_step=resume_step), *loggers]
     trainer = lightning.Trainer(
-        accelerator=resolve_accelerator(options["accelerator"]),
+        accelerator=accelerator,
         devices=world_size // config["cluster"]["nodes"],
         num_nodes=config["cluster"]["nodes"],
-        strategy=strategy,
-        precision=LIGHTNING_PRECISION[config["precision"]],  # pyright: ignore[reportArgumentType]
+        strategy=strategy(
+            precision=config["precision"],
+            device_type=accelerator,
+            gradient_clip=config["module"]["optimizer"]["gradient_clip"],
+        ),
         max_epochs=1,
         max_steps=plan["max_steps"],
         accumulate_grad_batches=plan["grad_accum"],
-        gradient_clip_val=config["module"]["optimizer"]["gradient_clip"],
         val_check_interval=options["val_every_steps"] * plan["grad_accum"],
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,

@@ -26,7 +26,7 @@ from lightning.fabric.plugins import CheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: optimizer state by index instead of by parameter name
 WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
 
 
@@ -91,16 +91,16 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads(Path(path, MANIFEST).read_text())
-        newer = manifest["format"] > FORMAT_VERSION
+        other = manifest["format"] != FORMAT_VERSION
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"checkpoint={path} -> {MANIFEST} is missing or damaged ({error}) -> "
             f"choose another checkpoint{_offer(Path(path))}"
         ) from error
-    if newer:
+    if other:
         raise ValueError(
             f"checkpoint={path} -> written by trainyard {manifest['versions']['trainyard']} in "
-            f"format {manifest['format']}, this one reads up to {FORMAT_VERSION} -> upgrade"
+            f"format {manifest['format']}, this one reads {FORMAT_VERSION} -> use that version"
         )
     return manifest
 

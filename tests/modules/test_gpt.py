@@ -47,6 +47,13 @@ def make_settings(**overrides: Any) -> dict[str, Any]:
     return settings
 
 
+def build_model(**settings: Any) -> GPT:
+    """A model with its initial values, as Lightning makes it before training."""
+    model = GPT(**settings)
+    model.configure_model()
+    return model
+
+
 def make_batch(rows=4, seed=0) -> Any:
     row = torch.randint(40, (rows, 17), generator=torch.Generator().manual_seed(seed))
     return {"inputs": row[:, :-1], "targets": row[:, 1:].clone()}
@@ -81,7 +88,7 @@ def loader(batches):
 @pytest.mark.parametrize("preset", ["gpt2_tiny", "llama_tiny", "modern_tiny"])
 def test_training_lowers_the_loss(preset, optimizer):
     rate = {"adamw": 1e-2, "muon": 1e-2, "sgd": 0.05}[optimizer]
-    model = GPT(**make_settings(preset=preset, optimizer={"name": optimizer, "lr": rate}))
+    model = build_model(**make_settings(preset=preset, optimizer={"name": optimizer, "lr": rate}))
     configured = model.configure_optimizers()["optimizer"]  # pyright: ignore
     batch, losses = make_batch(), []
     for index in range(10):
@@ -97,7 +104,7 @@ def test_training_lowers_the_loss(preset, optimizer):
 
 
 def test_training_loss_weighs_tokens_alike_over_micro_batches():
-    model = GPT(**make_settings())
+    model = build_model(**make_settings())
     whole = make_batch()
     whole["targets"][0, :12] = -100  # the first half has fewer targets than the second
     halves: list[Any] = [
@@ -121,7 +128,7 @@ def evaluation_batches():
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_evaluation_counts_every_target_once(split):
-    model = GPT(**make_settings())
+    model = build_model(**make_settings())
     batches, nats, count = evaluation_batches(), 0.0, 0
     with torch.no_grad():
         for batch in batches:
@@ -145,14 +152,14 @@ def test_evaluation_counts_every_target_once(split):
 
 
 def test_diverged_model_evaluates_to_nan():
-    model = GPT(**make_settings())
+    model = build_model(**make_settings())
     torch.nn.init.constant_(model.network.embedding.weight, torch.nan)
     (logged,) = make_trainer().validate(model, loader([make_batch()]), verbose=False)
     assert math.isnan(logged["val/loss"])
 
 
 def test_unknown_bytes_per_token_leave_bits_per_byte_out():
-    model = GPT(**make_settings(bytes_per_token=None))
+    model = build_model(**make_settings(bytes_per_token=None))
     (logged,) = make_trainer().validate(model, loader([make_batch()]), verbose=False)
     assert sorted(logged) == ["val/loss", "val/perplexity"]
 
@@ -161,7 +168,7 @@ def test_unknown_bytes_per_token_leave_bits_per_byte_out():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_lightning_clips_and_schedules(optimizer, precision):
     settings = make_settings(optimizer={"name": optimizer}, schedule={"warmup_samples": 20})
-    model = GPT(**settings)
+    model = build_model(**settings)
     trainer = make_trainer(max_steps=3, gradient_clip_val=1.0, precision=precision)
     batches = loader([make_batch(seed=i) for i in range(3)])
     trainer.fit(model, batches)
@@ -172,7 +179,7 @@ def test_lightning_clips_and_schedules(optimizer, precision):
 
 @pytest.mark.parametrize("preset", ["gpt2_tiny", "llama_tiny", "modern_tiny"])
 def test_roles_hold_every_parameter_once(preset):
-    model = GPT(**make_settings(preset=preset))
+    model = build_model(**make_settings(preset=preset))
     names = {id(parameter): name for name, parameter in model.network.named_parameters()}
     roles = model.parameters_by_role()
     assert sorted(id(p) for group in roles.values() for p in group) == sorted(names)
@@ -185,7 +192,7 @@ def test_roles_hold_every_parameter_once(preset):
 
 @pytest.mark.parametrize("preset", ["gpt2_tiny", "llama_tiny", "modern_tiny"])
 def test_flops_equal_those_that_torch_counts(preset):
-    model = GPT(**make_settings(preset=preset))
+    model = build_model(**make_settings(preset=preset))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.training_step(make_batch(rows=1), 0)["loss"].backward()
     half_of_attention = 6 * 2 * 16**2 * 16  # which torch counts whole
@@ -195,7 +202,7 @@ def test_flops_equal_those_that_torch_counts(preset):
 
 @pytest.mark.parametrize("preset", ["gpt2_tiny", "llama_tiny", "modern_tiny"])
 def test_bf16_weights_train_and_generate(preset):
-    model = GPT(**make_settings(preset=preset))
+    model = build_model(**make_settings(preset=preset))
     expected = model.training_step(make_batch(), 0)["loss"]
     model.bfloat16()
     loss = model.training_step(make_batch(), 0)["loss"]
@@ -206,13 +213,13 @@ def test_bf16_weights_train_and_generate(preset):
 
 
 def test_blocks_are_the_layers():
-    model = GPT(**make_settings())
+    model = build_model(**make_settings())
     assert model.blocks == list(model.network.blocks)
     assert len(model.blocks) == 2
 
 
 def test_preview_continues_each_prompt_and_repeats():
-    model = GPT(
+    model = build_model(
         **make_settings(preview={"prompts": ["AB", ""], "num_sequences": 2, "max_new_tokens": 30})
     )
     model.train()
@@ -226,7 +233,7 @@ def test_preview_continues_each_prompt_and_repeats():
 
 
 def test_preview_of_an_empty_prompt_without_end_token_is_refused():
-    model = GPT(**make_settings(preview={"prompts": [""], "stop_token": None}))
+    model = build_model(**make_settings(preview={"prompts": [""], "stop_token": None}))
     with pytest.raises(ValueError, match=r"module\.preview\.prompts=\[''\]"):
         model.preview(Letters())
 
@@ -234,5 +241,5 @@ def test_preview_of_an_empty_prompt_without_end_token_is_refused():
 def test_configuration_lists_every_key():
     settings = make_settings()
     assert set(settings["network"]) == {
-        name for name in GPT(**settings).network.shape.__dataclass_fields__
+        name for name in build_model(**settings).network.shape.__dataclass_fields__
     }

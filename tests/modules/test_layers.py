@@ -138,26 +138,6 @@ def test_document_positions_restart_and_mask_is_block_diagonal():
     assert torch.equal(mask[1, 0], torch.ones(6, 6).tril().bool())
 
 
-def test_rms_norm_and_its_gradient_equal_torch():
-    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
-    x[0, 0] = 1e-4  # where the epsilon matters
-    ours, reference = x.clone().requires_grad_(), x.clone().requires_grad_()
-    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    y, expected = layers.rms_norm(ours), F.rms_norm(reference, (16,), eps=1e-5)
-    y.backward(grad)
-    expected.backward(grad)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(ours.grad, reference.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_rms_norm_computes_the_mean_in_fp32():
-    norm = layers.RMSNorm(64, gain=True)
-    x = torch.full((2, 64), 300.0, dtype=torch.float16)  # whose square is not in fp16's range
-    y = norm(x)
-    assert y.dtype == torch.float16
-    torch.testing.assert_close(y, torch.ones_like(y))
-
-
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_in_bf16_equals_fp32(masked):
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -21,11 +22,17 @@ class Previews(Callback):
         self.directory = Path(directory)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write this step's samples, on rank zero."""
+        """Write this step's samples, on rank zero; all ranks make them where each has shards."""
         preview = getattr(pl_module, "preview", None)
-        if preview is None or trainer.state.fn != "fit" or not trainer.is_global_zero:
+        if preview is None or trainer.state.fn != "fit":
             return
-        rows = preview(trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
+        strategy: Any = trainer.strategy
+        if not (trainer.is_global_zero or strategy.shards_parameters):
+            return
+        with trainer.precision_plugin.forward_context():
+            rows = preview(trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
+        if not trainer.is_global_zero:
+            return
         self.directory.mkdir(exist_ok=True)
         path = self.directory / f"step-{trainer.global_step:08d}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

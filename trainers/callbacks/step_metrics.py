@@ -28,7 +28,8 @@ class StepMetrics(Callback):
     """Averages what `training_step` returns over micro-batches and ranks, and logs it.
 
     Reads every `train/<name>` of the step's dictionary, and `loss` where it has no `train/loss`.
-    Logs besides `train/lr`, `train/grad_norm` (before clipping), `perf/samples_per_s`,
+    Logs besides `train/lr`, `train/grad_norm` (before clipping; of several parts with `/<part>`
+    behind), `perf/samples_per_s`,
     `perf/tokens_per_s`, `perf/data_wait_s` (seconds of the interval spent waiting for data),
     `perf/peak_memory_mib` and, where the device's peak is known, `perf/mfu`:
 
@@ -50,6 +51,7 @@ class StepMetrics(Callback):
         self.latest: dict[str, float] = {}
         self.total_samples, self.total_seconds = 0, 0.0
         self._sums: dict[str, torch.Tensor] = {}
+        self._rates: dict[str, float] = {}
 
     @property
     def tokens_per_s(self) -> float:
@@ -77,11 +79,9 @@ class StepMetrics(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Take the step's learning rate and gradient norm, before clipping, where it is logged."""
+        """Take the step's learning rate, where it is logged."""
         if self._logs_step(trainer, trainer.global_step + 1):
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
-            self._lr = optimizer.param_groups[0]["lr"]
+            self._rates[_suffix(trainer, optimizer)] = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -108,8 +108,10 @@ class StepMetrics(Callback):
         self._sums = {}
         if not math.isfinite(row["train/loss"]):
             raise diverged(step)
-        row["train/lr"] = self._lr
-        row["train/grad_norm"] = float(self._gradient_norm)
+        row |= {f"train/lr{part}": rate for part, rate in self._rates.items()}
+        norms = trainer.strategy.gradient_norms  # type: ignore[attr-defined]
+        parts = zip(self._rates, norms.values(), strict=True)
+        row |= {f"train/grad_norm{part}": float(norm) for part, norm in parts}
         row |= self._throughput(trainer, pl_module, step)
         self.latest = row
         for logger in trainer.loggers:
@@ -146,6 +148,11 @@ def diverged(step: int) -> FloatingPointError:
         f"train/loss is not finite at step {step} -> the run diverged -> lower "
         f"module.optimizer.lr or lengthen the warm-up, in a run of another name"
     )
+
+
+def _suffix(trainer: Trainer, optimizer: Optimizer) -> str:
+    strategy: Any = trainer.strategy
+    return f"/{strategy.part_of(optimizer)}" if len(trainer.optimizers) > 1 else ""
 
 
 def _flops_per_sample(module: Any) -> float | None:

@@ -1,0 +1,278 @@
+"""What all strategies share: a module's parts, each with one optimizer, one clip, one backward.
+
+A LightningModule says what its parts are and nothing about strategies:
+
+    parts             {"discriminator": ..., "generator": ...}, disjoint networks; absent: one part
+    blocks            the layers of all parts, each a unit to shard and to checkpoint
+    initial_value     name -> initial value of a parameter, where they are on the meta device
+    double_backward   names of parts whose gradients are differentiated once more (R1, WGAN-GP)
+
+`configure_optimizers` returns one optimizer per part, in that order. A module with several parts
+optimizes manually: for each part, under `optimizer.toggle_model(sync_grad=<last micro-batch>)`,
+one `manual_backward` of all its terms summed; then `optimizer.step()` and `optimizer.zero_grad()`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from trainers.optimizer_state import load_named_state, named_state
+from trainers.strategies.precision import Autocast
+
+Clip = float | None | Mapping[str, float | None]
+Guard = Callable[[str, Tensor, Tensor], Tensor | None]
+"""(part, loss, gradient norm) -> bool scalar, whether not to step; None: step."""
+
+
+class PartsStrategy(DDPStrategy):
+    """Base of the strategies: ranks, the contract of the parts, clipping, stepping, state.
+
+    Lightning's DDPStrategy gives process groups and collectives; the model is never wrapped, so
+    that a module may call its networks in any order and differentiate twice.
+
+    Args:
+        precision: `fp32`, `bf16` or `fp16`.
+        device_type: `cpu` or `cuda`.
+        gradient_clip: Largest norm of a part's gradient, one for all or by part; None: no clipping.
+        guard: Judges each step by its loss and gradient norm before it is taken.
+        timeout_s: Seconds a collective may take before its ranks give up.
+    """
+
+    shards_parameters = False
+    """Whether a rank alone cannot run the model."""
+
+    def __init__(
+        self,
+        *,
+        precision: str,
+        device_type: str,
+        gradient_clip: Clip = None,
+        guard: Guard | None = None,
+        timeout_s: float,
+    ):
+        autocast = Autocast(precision, device_type)
+        super().__init__(timeout=timedelta(seconds=timeout_s), precision_plugin=autocast)
+        autocast.strategy = self
+        self.dtype = autocast.dtype
+        self.clip, self.guard = gradient_clip, guard
+        self.gradient_norms: dict[str, Tensor] = {}
+        """Norm of each part's whole gradient at its last step, before clipping; a 0-d tensor."""
+        self.scalers: dict[str, torch.amp.GradScaler] = {}
+        self._losses: dict[str, Tensor] = {}
+        self._exchanges_gradients = True
+        self._is_exchanged: set[str] = set()
+
+    # -- the parts ------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> LightningModule:
+        """The user's module."""
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The module's networks by name."""
+        return dict(getattr(self.module, "parts", None) or {"model": self.module})
+
+    def part_of(self, optimizer: Optimizer) -> str:
+        """Name of the part that an optimizer drives."""
+        index = next(i for i, mine in enumerate(self.optimizers) if mine is optimizer)
+        return list(self.parts)[index]
+
+    def clip_of(self, part: str) -> float | None:
+        """Largest gradient norm of a part."""
+        return self.clip[part] if isinstance(self.clip, Mapping) else self.clip
+
+    def parameters(self, part: str) -> list[nn.Parameter]:
+        """A part's parameters that its optimizer drives."""
+        optimizer = self.optimizers[list(self.parts).index(part)]
+        return [p for group in optimizer.param_groups for p in group["params"]]
+
+    # -- setting up -----------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer) -> None:
+        """Bring the module onto the devices; build and check its optimizers."""
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.model_to_device()
+            return
+        self.distribute()
+        self.setup_optimizers(trainer)
+        if len(self.optimizers) != len(self.parts):
+            raise ValueError(
+                f"module={type(self.module).__name__} -> it has parts {list(self.parts)} and "
+                f"returns {len(self.optimizers)} optimizer(s) -> return one per part, in order"
+            )
+        self.distribute_optimizers()
+
+    def distribute(self) -> None:
+        """Place the parts, before optimizers are built on their parameters."""
+        self.model_to_device()
+
+    def distribute_optimizers(self) -> None:
+        """Finish what needs both the parts and their optimizers."""
+        if self.dtype == torch.float16:
+            make = torch.amp.GradScaler
+            self.scalers = {part: make(self.root_device.type) for part in self.parts}
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Weights are read into what is already in place."""
+        return True
+
+    # -- a step ---------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a training step; a round of several optimizers counts as one `global_step`."""
+        for optimizer in self._lightning_optimizers[:-1]:
+            optimizer._on_before_step = optimizer._on_after_step = do_nothing_closure
+        return super().training_step(*args, **kwargs)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Keep gradients on their rank in there; `toggle_model(sync_grad=False)` comes here."""
+        self._exchanges_gradients = False
+        try:
+            yield
+        finally:
+            self._exchanges_gradients = True
+
+    def differentiate(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Differentiate the loss of one part, for which alone parameters require gradients.
+
+        Raises:
+            RuntimeError: Several parts require gradients, or gradients were exchanged already.
+        """
+        part = self._trained_part()
+        if part in self._is_exchanged:
+            raise RuntimeError(
+                f"manual_backward for `{part}` -> its gradients are exchanged between ranks already"
+                " and a second exchange before its step is wrong under ZeRO -> sum the terms and "
+                "differentiate once, or keep all but the last back by toggle_model(sync_grad=False)"
+            )
+        if self._exchanges_gradients:
+            self._is_exchanged.add(part)
+        self._losses[part] = self._losses.get(part, 0) + loss.detach()
+        if part in self.scalers:
+            loss = self.scalers[part].scale(loss)
+        self.backward_of(part, loss, *args, **kwargs)
+
+    def backward_of(self, part: str, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Differentiate; exchange gradients if `self._exchanges_gradients`."""
+        self.module.backward(loss, *args, **kwargs)
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Finish a part's gradients (hooks, norm, clipping), and step unless the guard objects."""
+        result = closure()  # of a module with one part: forward and backward
+        part = self.part_of(optimizer)
+        self.gather_gradients(part)
+        if part in self.scalers:
+            self.scalers[part].unscale_(optimizer)
+        self.precision_plugin._after_closure(self.module, optimizer)
+        self.step_part(part, optimizer)
+        self._is_exchanged.discard(part)
+        self._losses.pop(part, None)
+        return result
+
+    def gather_gradients(self, part: str) -> None:
+        """Bring the gradients into the form that the optimizer steps on."""
+
+    def step_part(self, part: str, optimizer: Optimizer) -> None:
+        """Clip and step."""
+        gradients = [p.grad for p in self.parameters(part) if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if (largest := self.clip_of(part)) is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(part), largest, norm)
+        self.gradient_norms[part] = norm
+        veto = self.judge(part, norm)
+        if part in self.scalers:  # too large a scale is found by trying; the scaler then lowers it
+            overflow = ~norm.isfinite()
+            step_unless(overflow if veto is None else veto | overflow, optimizer)
+            self.scalers[part].update()
+        else:
+            step_unless(veto, optimizer)
+
+    def judge(self, part: str, norm: Tensor) -> Tensor | None:
+        """Ask the guard whether a part may step."""
+        if self.guard is None or part not in self._losses:
+            return None
+        return self.guard(part, self._losses[part], norm)
+
+    def _trained_part(self) -> str:
+        trained = [
+            name
+            for name, part in self.parts.items()
+            if any(p.requires_grad for p in part.parameters())
+        ]
+        if len(trained) != 1:
+            raise RuntimeError(
+                f"manual_backward -> parameters of {' and '.join(trained) or 'no part'} require "
+                "gradients, and those of other parts than the one to step would be changed by it "
+                "-> differentiate under `with optimizer.toggle_model():` of the part's optimizer"
+            )
+        return trained[0]
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def parameter_names(self) -> dict[nn.Parameter, str]:
+        """Name of each parameter in the module's state dict."""
+        return {parameter: name for name, parameter in self.module.named_parameters()}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """An optimizer's whole state by parameter name, the same under every strategy.
+
+        Collective. Ranks other than zero give an empty dictionary.
+        """
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        return named_state(optimizer, self.parameter_names()) if self.is_global_zero else {}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Give each optimizer its state back."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            load_named_state(optimizer, state, self.parameter_names())
+
+    def loss_scale_state(self) -> dict[str, Any]:
+        """Loss scale of each part under fp16."""
+        return {part: scaler.state_dict() for part, scaler in self.scalers.items()}
+
+    def load_loss_scale_state(self, state: Mapping[str, Any]) -> None:
+        """Continue with the loss scales of a checkpoint."""
+        for part, scaler in self.scalers.items():
+            scaler.load_state_dict(state[part])
+
+
+def step_unless(veto: Tensor | None, optimizer: Optimizer) -> None:
+    """Step, or leave everything as it is where the device finds `veto` true.
+
+    By the protocol between `torch.amp.GradScaler` and fused optimizers, which read `found_inf` on
+    the device: nobody waits for it.
+    """
+    if veto is None:
+        optimizer.step()
+        return
+    optimizer.grad_scale, optimizer.found_inf = None, veto.float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
