@@ -1,10 +1,13 @@
+import copy
 import io
+from collections import defaultdict
 
 import pytest
 import torch
 from torch import nn
 
-from modules.muon import MuonAdamW, orthogonalise
+from modules.muon import MuonAdamW
+from modules.newton_schulz import orthogonalise
 
 RATES = dict(matrix=1e-2, embedding=0.3, head=0.004, other=0.02)
 
@@ -69,3 +72,47 @@ def test_muon_refuses_flattened_matrices(make_roles):
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(4))]  # as a ZeRO engine does
     with pytest.raises(ValueError, match="flattens"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_vetoed_steps_leave_no_trace(make_roles, flat, take_steps, shape):
+    straight, guarded = make_roles(), make_roles()
+    reference, optimizer = build(straight), build(guarded)
+    take_steps(straight, [reference], num_steps=4)
+
+    def vetoed_step():
+        for parameter in flat(guarded):
+            parameter.grad = torch.full_like(parameter, float("nan"))
+        optimizer.found_inf = torch.ones(shape)
+        optimizer.step()
+
+    vetoed_step()  # before there is state
+    for step in range(4):
+        optimizer.found_inf = torch.zeros(shape)
+        take_steps(guarded, [optimizer], num_steps=1, start=step)
+        vetoed_step()
+    for a, b in zip(flat(straight), flat(guarded), strict=True):
+        assert torch.equal(a, b)
+        assert reference.state[a].keys() == optimizer.state[b].keys()
+        for key, value in reference.state[a].items():
+            assert torch.equal(value, optimizer.state[b][key]), key
+
+
+def test_muon_gives_the_same_in_small_batches(make_roles, flat, take_steps, monkeypatch):
+    together, apart = make_roles(), make_roles()
+    take_steps(together, [build(together)])
+    monkeypatch.setattr("modules.newton_schulz.LARGEST_BATCH", 100)
+    take_steps(apart, [build(apart)])
+    for a, b in zip(flat(together), flat(apart), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_muon_steps_through_a_shallow_copy(make_roles, flat, take_steps):
+    roles, copied = make_roles(), make_roles()
+    optimizer = copy.copy(build(copied))
+    optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+    optimizer.state = defaultdict(dict)
+    take_steps(roles, [build(roles)])
+    take_steps(copied, [optimizer])
+    for a, b in zip(flat(roles), flat(copied), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,82 @@
+"""Where the matrices of an optimizer that needs them whole lie in DeepSpeed's flat tensors."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from trainers.strategies.zero_shards import ShardedParameter, find_shards
+
+
+def lay_out(engine: Any, optimizer: Optimizer) -> None:
+    """Tell the engine's optimizer which stretches of matrices its flat tensors hold; collective.
+
+    Does nothing for optimizers that have no `lay_out`. One that has it does not work elementwise on
+    its groups of kind `muon`.
+
+    Args:
+        engine: DeepSpeed's, of stage 1, 2 or 3, after `deepspeed.initialize`.
+        optimizer: The module's, with the real parameters in its groups, by a copy of which the
+            engine steps.
+
+    Raises:
+        ValueError: DeepSpeed keeps masters or state where they cannot be found.
+    """
+    inner = engine.optimizer.optimizer
+    if not hasattr(inner, "lay_out"):
+        return
+    _refuse_hidden_masters(engine.optimizer)
+    shards = find_shards(engine)
+    by_flat: dict[Tensor, list[ShardedParameter]] = defaultdict(list)
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["kind"] == "muon" else []:
+            by_flat[shards[parameter].flat].append(shards[parameter])
+    for flat, matrices in by_flat.items():
+        peers = matrices[0].group
+        mine = [(m.start, m.start + m.numel) if m.numel else None for m in matrices]
+        of_ranks: list[Any] = [None] * torch.distributed.get_world_size(peers)
+        torch.distributed.all_gather_object(of_ranks, mine, group=peers)
+        inner.lay_out(
+            flat,
+            [
+                {
+                    "shape": tuple(matrix.shape),
+                    "stretches": _ascending([stretches[i] for stretches in of_ranks]),
+                    "offset": matrix.flat_start if matrix.numel else 0,
+                }
+                for i, matrix in enumerate(matrices)
+            ],
+            group=peers,
+            device=engine.device,
+        )
+
+
+def _ascending(stretches: list[tuple[int, int] | None]) -> tuple[tuple[int, int], ...]:
+    """Put empty stretches of ranks without any where the ones before them end."""
+    end, filled = 0, []
+    for stretch in stretches:
+        start, end = stretch or (end, end)
+        filled.append((start, end))
+    return tuple(filled)
+
+
+def _refuse_hidden_masters(zero: Any) -> None:
+    if getattr(zero, "round_robin_gradients", False):
+        raise ValueError(
+            "strategy.make.config.zero_optimization.round_robin_gradients=true with "
+            "module.optimizer.name=muon -> DeepSpeed 0.19 names wrong places for its parameters "
+            "then -> leave it out, or use module.optimizer.name=adamw"
+        )
+    if getattr(zero, "swap_optimizer", False):
+        raise ValueError(
+            "strategy.make.config.zero_optimization.offload_optimizer.device=nvme with "
+            "module.optimizer.name=muon -> its state is on disk when matrices are put together, "
+            "which was not tried -> use device=cpu, or module.optimizer.name=adamw"
+        )
+    if getattr(zero, "zenflow", False):
+        raise ValueError(
+            "strategy.make.config.zero_optimization.zenflow with module.optimizer.name=muon -> "
+            "it steps on chosen columns only -> leave it out, or use module.optimizer.name=adamw"
+        )
