@@ -1,16 +1,17 @@
-"""One rank of a run, started by `launch.runtime.start_ranks` from the run directory alone."""
+"""One rank of a run, started by `launch.ranks.start` from the run directory alone."""
 
 import sys
 from pathlib import Path
 
 from launch import runtime
+from launch.ranks import die_with_parent
 from launch.run_directory import RunDirectory, StoppedError
 from launch.train import fit
 
 
 def main() -> int:
     """Train as one rank; give the exit code."""
-    runtime.die_with_parent()
+    die_with_parent()
     runtime.stop_by_exception()
     run = RunDirectory(Path(sys.argv[1]))
     try:

@@ -7,7 +7,8 @@ from omegaconf import DictConfig, OmegaConf
 # On resume these may change; any other difference stops the run and is listed.
 FREE_KEYS = (
     "trainer.devices", "trainer.accelerator", "cluster", "strategy", "micro_batch",
-    "activation_checkpointing", "datamodule.num_workers", "logger", "runs_dir", "data_dir",
+    "activation_checkpointing", "trainer.timeout_s", "trainer.guard", "datamodule.num_workers",
+    "logger", "runs_dir", "data_dir",
     "corpus.path", "corpus.num_processes", "data.path", "data.settings",
     "checkpoint", "checkpoints", "resume", "plan",
 )  # fmt: skip

@@ -23,8 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from launch.resume_rules import refuse_changes
 
 
-class StoppedError(Exception):
-    """A signal to stop came before the training loop could take care of it."""
+class StoppedError(BaseException):
+    """A signal to stop came before the training loop could take care of it.
+
+    Like KeyboardInterrupt no `Exception`, which libraries swallow.
+    """
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ class RunDirectory:
         status = {"state": state, "reason": reason, "time": time.time(), "pid": os.getpid()}
         _replace(self.path / "status.json", json.dumps(status | facts, indent=1) + "\n")
 
+    def write_failure(self, reason: str, step: int) -> None:
+        """Say why the run failed, by who knows the cause; what ranks run into after it is none."""
+        self.write_status("failed", reason, step=step, is_cause=True)
+
     @contextmanager
     def status_of(self, trainer: Any) -> Iterator[Callable[[str, str], None]]:
         """Keep `status.json` true while `trainer` works; gives a function to say how it ended.
@@ -81,7 +88,8 @@ class RunDirectory:
             yield write
         except BaseException as error:
             state = "preempted" if isinstance(error, StoppedError) else "failed"
-            write(state, f"{type(error).__name__}: {error}")
+            if not self.status.get("is_cause"):
+                write(state, f"{type(error).__name__}: {error}")
             raise
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -266,6 +274,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _replace(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.partial")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")  # of one of several ranks
     scratch.write_text(text)
     scratch.replace(path)

@@ -19,7 +19,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from launch.run_directory import RunDirectory, StoppedError
+from launch.run_directory import StoppedError
 
 DONE, FAILED, PREEMPTED = 0, 1, 75
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -181,97 +181,6 @@ def build_loggers(config: DictConfig, directory: Path) -> list[Any]:
     # Partial: the configuration it is given holds targets that are not to be made once more.
     make = hydra.utils.instantiate(config.logger, _partial_=True, _convert_="all")
     return [make(directory, run_config=plain(config))]
-
-
-def start_ranks(run: RunDirectory, num_ranks: int) -> int:
-    """Run `launch.rank` for an accepted run on every device, by torch's elastic agent.
-
-    Rank 0 shares this terminal; the others write to `<run directory>/logs`.
-
-    Returns:
-        The run's exit code.
-    """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    (run.path / "logs").mkdir(exist_ok=True)
-    before = dict(os.environ)
-    os.environ |= _rank_environment(num_ranks)
-    try:
-        agent = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=num_ranks,
-            run_id=run.path.name,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(
-                log_dir=str(run.path / "logs"),
-                redirects=dict.fromkeys(range(1, num_ranks), Std.ALL),
-            ),
-            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-        )
-        elastic_launch(agent, sys.executable)("-P", "-m", "launch.rank", str(run.path))
-    except SignalException as error:
-        return _code_after_signal(run, str(error))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        return _code_after_failure(run, rank, failure.exitcode)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return DONE
-
-
-def _rank_environment(num_ranks: int) -> dict[str, str]:
-    home = str(Path(__file__).resolve().parent.parent)
-    # -P keeps the working folder from shadowing our packages; the user's own come after them.
-    path = [home, os.getcwd(), os.environ.get("PYTHONPATH", "")]
-    threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
-    return {
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
-        # Seconds to finish a step and save in after a signal; torch 2.11 knows 30 only.
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
-    }
-
-
-def _code_after_failure(run: RunDirectory, rank: int, exitcode: int) -> int:
-    """Say which rank ended the run and why; the others fail after it, with less to tell."""
-    if exitcode == PREEMPTED:
-        return PREEMPTED
-    reason = f"rank {rank} ended with code {exitcode}"
-    if rank:  # rank 0 has written and said so itself, or it was killed
-        logs = (run.path / "logs").glob(f"*/attempt_0/{rank}/stderr.log")
-        log = max(logs, key=os.path.getmtime)
-        lines = log.read_text(errors="replace").strip().splitlines() or ["(no output)"]
-        reason += f": {lines[-1]} (all of it: {log})"
-    if rank or run.status.get("state") != "failed":
-        run.write_status("failed", reason)
-    print(f"error: {reason}", file=sys.stderr)
-    return FAILED
-
-
-def _code_after_signal(run: RunDirectory, reason: str) -> int:
-    """The agent has passed a signal on and lost the ranks' codes; the run's status tells."""
-    state = run.status.get("state")
-    if state == "starting":
-        run.write_status("preempted", f"{reason}, before the first step")
-    if state == "running":
-        run.write_status("failed", f"{reason}; the ranks ended before they could save")
-    return {"done": DONE, "preempted": PREEMPTED, "starting": PREEMPTED}.get(state or "", FAILED)
-
-
-def die_with_parent() -> None:
-    """Ask Linux to end this rank when the process that started it is killed."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _suggest(name: str, known: list[str]) -> str:

@@ -143,4 +143,4 @@ def test_failing_rank_ends_the_run_and_says_why(small_run, train, capfd):
     run = train(*small_run, *overrides, clip, *TWO_RANKS, code=runtime.FAILED)
     assert run.status["state"] == "failed"
     assert "the run diverged" in run.status["reason"]
-    assert "error: train/loss is not finite" in capfd.readouterr().err
+    assert "error: trainer.guard.nonfinite=stop -> the loss on ranks " in capfd.readouterr().err

@@ -1,12 +1,22 @@
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._C._distributed_c10d import TCPStore
 
+from trainers import heartbeats
+from trainers.callbacks import watchdog
 from trainers.callbacks.checkpointing import Checkpointing
 from trainers.callbacks.randomness import KeyedRandomness
 from trainers.callbacks.same_start import SameStart
+from trainers.callbacks.step_guard import StepGuard
 from trainers.callbacks.step_metrics import PEAK_FLOPS, peak_flops
+from trainers.callbacks.step_vote import StepVote
+from trainers.heartbeats import Heartbeats, blame
+
+SPIKE = {"factor": None, "action": "stop", "memory_steps": 100}
 
 
 def draw(step, micro=0, rank=0, seed=1):
@@ -54,6 +64,8 @@ def test_batch_counters_follow_the_accumulation(behind, tmp_path):
         keep_last=1,
         keep_every_steps=None,
         monitor="val/loss",
+        guard=StepGuard(nonfinite="stop", spike=SPIKE, max_skips=20),
+        vote=StepVote(),
     )
     trainer = SimpleNamespace(accumulate_grad_batches=1)
     callback.on_load_checkpoint(trainer, None, checkpoint)
@@ -74,3 +86,131 @@ def test_peak_flops_are_known_for_gpus_only(monkeypatch):
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda", 0)) == peak
+
+
+def test_question_of_one_callback_is_answered_at_the_end_of_a_step():
+    vote = StepVote()
+    vote.questions = {"save": lambda: False, "stop": lambda: True}
+    trainer = SimpleNamespace(accumulate_grad_batches=2, world_size=1)
+    vote.on_train_batch_end(trainer, None, None, None, 0)
+    assert vote.granted == set()
+    vote.on_train_batch_end(trainer, None, None, None, 1)
+    assert vote.granted == {"stop"}
+
+
+def record(position, is_waiting=False, **others):
+    facts = {"beat": 1, "step": 3, "doing": "backward pass", "place": "own.py:1 in f"}
+    return facts | {"position": position, "is_waiting": is_waiting} | others
+
+
+def test_rank_that_others_wait_for_is_blamed():
+    behind, ahead = record([3, 1], place="own.py:7 in sleep"), record([3, 2], is_waiting=True)
+    assert blame({0: ahead, 1: behind, 2: ahead}, []) == (
+        "rank 1 has made no progress since step 3, backward pass (own.py:7 in sleep)"
+    )
+    assert blame({0: behind, 1: ahead}, []).startswith("rank 0 has made no progress")
+    # Equally far: those that wait in a collective wait for the one that does not.
+    assert blame({0: ahead, 1: ahead, 2: record([3, 2])}, []).startswith("rank 2 has")
+    assert blame({0: ahead, 1: ahead}, []).startswith("ranks 0, 1 have all made no progress")
+    # A later micro-batch is further, however little has been done of it.
+    assert blame({0: record([4, 0]), 1: behind}, []).startswith("rank 1 has")
+
+
+def test_silent_rank_is_blamed_before_any_that_is_heard():
+    behind, ahead = record([3, 1]), record([3, 2], step=4)
+    assert blame({0: behind, 1: ahead}, [1]).startswith("rank 1 has not been heard of since step 4")
+    assert blame({0: behind}, [1]).startswith("rank 1 has not been heard of since the start")
+
+
+@pytest.fixture
+def three_ranks(monkeypatch):
+    """Heartbeats of three ranks at a store that these tests hold."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(heartbeats, "_get_default_store", lambda: store)
+    monkeypatch.setattr(heartbeats, "SILENCE_S", 0.4)
+    return [Heartbeats(rank, num_ranks=3) for rank in range(3)]
+
+
+def test_ranks_without_a_sign_of_life_are_found(three_ranks):
+    for beats in three_ranks[:2]:  # rank 2 has never said anything
+        beats.publish(record([1, 0]))
+    assert three_ranks[0].listen() == ({0: record([1, 0]), 1: record([1, 0])}, [1, 2])
+    again = threading.Timer(0.2, lambda: three_ranks[1].publish(record([1, 0], beat=2)))
+    again.start()
+    assert three_ranks[0].listen()[1] == [2]
+    again.join()
+
+
+def test_first_reason_stays(three_ranks):
+    assert three_ranks[0].told() is None
+    assert three_ranks[1].tell("rank 1 has had enough")
+    assert not three_ranks[2].tell("connection closed by peer")
+    assert three_ranks[0].told() == "rank 1 has had enough"
+
+
+def test_watchdog_ends_what_gets_nowhere_and_nothing_else(monkeypatch, capsys):
+    ended, reports = threading.Event(), []
+
+    def leave(code):
+        assert code == 1
+        ended.set()
+        dog.teardown(trainer, None, "fit")
+
+    monkeypatch.setattr(watchdog.os, "_exit", leave)
+    monkeypatch.setattr(watchdog, "BEAT_S", 0.05)
+    dog = watchdog.Watchdog(timeout_s=0.4, report=lambda *report: reports.append(report))
+    trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=6)
+    dog.setup(trainer, None, "fit")
+    for micro_batch in range(8):
+        dog.on_train_batch_start(trainer, None, None, micro_batch)
+        time.sleep(0.1)
+    assert not ended.is_set()
+    assert ended.wait(timeout=10)
+    ((reason, step),) = reports
+    assert step == 7
+    assert "rank 0 has made no progress since step 7, forward pass (" in reason
+    assert "test_callbacks.py:" in reason  # where this thread waits
+    assert f"error: {reason}" in capsys.readouterr().err
+
+
+@pytest.fixture
+def three_dogs(three_ranks):
+    """Watchdogs of three ranks that have begun; each keeps what it reports in `reports`."""
+    dogs = []
+    for beats in three_ranks:
+        dog = watchdog.Watchdog(timeout_s=100, report=None)
+        dog.reports = []
+        dog.report = lambda reason, step, reports=dog.reports: reports.append(reason)
+        dog._beats, dog.trainer = beats, SimpleNamespace(global_rank=beats.rank, global_step=4)
+        dogs.append(dog)
+    return dogs
+
+
+def test_reason_of_the_first_rank_to_fail_is_that_of_its_peers(three_dogs):
+    first, second, third = three_dogs[::-1]
+    first.on_exception(first.trainer, None, RuntimeError("out of patience"))
+    second.on_exception(second.trainer, None, RuntimeError("[gloo] Connection closed by peer"))
+    third.on_exception(third.trainer, None, ValueError("of its own, and later"))
+    reason = "rank 2 failed at step 0: RuntimeError: out of patience"
+    assert (first.reports, second.reports, third.reports) == ([reason], [reason], [])
+
+
+def test_rank_too_late_for_a_collective_is_named(three_dogs):
+    stop = threading.Event()
+
+    def beat():
+        for number in range(100):
+            for dog in three_dogs:
+                position = [1, 0 if dog is three_dogs[1] else 1]
+                dog._beats.publish(record(position, beat=number))
+            if stop.wait(0.1):
+                return
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    late = RuntimeError("[gloo] Timed out waiting 1000ms for recv operation to complete")
+    three_dogs[0].on_exception(three_dogs[0].trainer, None, late)
+    stop.set()
+    beating.join()
+    (reason,) = three_dogs[0].reports
+    assert reason.startswith("rank 1 has made no progress since step 3")

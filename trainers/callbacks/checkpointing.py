@@ -5,10 +5,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from trainers.callbacks.step_metrics import diverged
+from trainers.callbacks.step_guard import StepGuard
+from trainers.callbacks.step_vote import StepVote
 from trainers.checkpoint import list_checkpoints, remove_leftovers, write_atomically
 
 
@@ -29,6 +29,8 @@ class Checkpointing(Callback):
         keep_last: int,
         keep_every_steps: int | None,
         monitor: str,
+        guard: StepGuard,
+        vote: StepVote,
     ):
         """Take the policy.
 
@@ -39,6 +41,8 @@ class Checkpointing(Callback):
             keep_last: Newest checkpoints to keep; others are deleted unless kept for a reason.
             keep_every_steps: Keep those at multiples of this many steps for good; None for none.
             monitor: Validation metric, lower is better, that decides `best`.
+            guard: Knows whether what would be saved is worth it.
+            vote: Makes the clock of any rank the clock of all.
         """
         self.directory = Path(directory)
         self.every_steps = every_steps
@@ -46,10 +50,13 @@ class Checkpointing(Callback):
         self.keep_last = keep_last
         self.keep_every_steps = keep_every_steps
         self.monitor = monitor
+        self.guard = guard
+        self.vote = vote
+        if every_minutes is not None:
+            vote.questions["save"] = self._is_late
         self._saved_at = time.monotonic()
         self._saved_step = 0
         self._validation_pending = False
-        self._loss: torch.Tensor | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tidy up after a crash, and count from here."""
@@ -97,7 +104,6 @@ class Checkpointing(Callback):
         accum = trainer.accumulate_grad_batches
         if (batch_idx + 1) % accum:
             return
-        self._loss = outputs.get("loss")
         every = trainer.val_check_batch or batch_idx + 1
         if trainer.global_step >= trainer.max_steps:
             every = trainer.val_check_batch = batch_idx + 1
@@ -131,10 +137,10 @@ class Checkpointing(Callback):
                 crash in between repeats the validation rather than lose the best checkpoint.
 
         Raises:
-            FloatingPointError: The loss of the step is not finite, on any rank.
+            FloatingPointError: The run has diverged.
         """
         if self._saved_step != trainer.global_step:
-            self._refuse_to_save_nonsense(trainer)
+            self.guard.check(trainer)
             name = _name(trainer)
             trainer.save_checkpoint(self.directory / name)
             if trainer.is_global_zero:
@@ -146,21 +152,17 @@ class Checkpointing(Callback):
             trainer.strategy.barrier("checkpoint")
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
-    def _refuse_to_save_nonsense(self, trainer: Trainer) -> None:
-        finite = self._loss is None or bool(torch.isfinite(self._loss))
-        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
-            raise diverged(trainer.global_step)
-
     def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
         if step >= trainer.max_steps:
             return True
         if self.every_steps and step // self.every_steps > self._saved_step // self.every_steps:
             return True
-        if self.every_minutes is None:
-            return False
-        late = time.monotonic() - self._saved_at > 60 * self.every_minutes
-        return trainer.strategy.reduce_boolean_decision(late, all=False)
+        return "save" in self.vote.granted
+
+    def _is_late(self) -> bool:
+        assert self.every_minutes is not None
+        return time.monotonic() - self._saved_at > 60 * self.every_minutes
 
     def _best_value(self) -> float:
         best = self.directory / "best"

@@ -5,8 +5,10 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import do_nothing_closure
 
 from trainers.callbacks.checkpointing import Checkpointing
+from trainers.callbacks.step_vote import StepVote
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -18,19 +20,28 @@ class PreemptedError(Exception):
 class Preemption(Callback):
     """Turns SIGTERM, SIGUSR1 and Ctrl-C into one save at the next optimizer step, on all ranks.
 
-    The handler sets a flag; after every optimizer step the ranks agree on it (one reduction of a
-    byte), save together, and leave by `PreemptedError`. A second Ctrl-C ends the process at once; a
+    The handler sets a flag; after every optimizer step the ranks agree on it (`StepVote`),
+    save together, and leave by `PreemptedError`. A second Ctrl-C ends the process at once; a
     second SIGTERM does not, since schedulers signal every process and the agent forwards it again.
     """
 
-    def __init__(self, checkpointing: Checkpointing):
-        """Take the callback that saves."""
-        self.checkpointing = checkpointing
+    def __init__(self, checkpointing: Checkpointing, vote: StepVote):
+        """Take the callbacks that save and that tell the other ranks."""
+        self.checkpointing, self.vote = checkpointing, vote
+        vote.questions["stop"] = lambda: self.signal_name is not None
         self.signal_name: str | None = None
         self._previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Install the handlers; here, because Lightning installs its own before."""
+        """Install the handlers; here, because Lightning installs its own before.
+
+        Lightning's way of agreeing on a signal, a broadcast and a wait for the device before every
+        micro-batch, is then of no use.
+        """
+        signals = trainer._signal_connector
+        if signals.received_sigterm:
+            self.signal_name, signals.received_sigterm = "SIGTERM", False
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = do_nothing_closure
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
@@ -60,8 +71,7 @@ class Preemption(Callback):
             signal.signal(number, handler)
 
     def _agree(self, trainer: Trainer) -> bool:
-        asked = self.signal_name is not None
-        return trainer.strategy.reduce_boolean_decision(asked, all=False)
+        return "stop" in self.vote.granted
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name

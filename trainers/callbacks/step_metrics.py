@@ -1,6 +1,5 @@
 """What a run reports while it trains: losses, learning rate, throughput, memory."""
 
-import math
 import resource
 import sys
 import time
@@ -9,6 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
+
+from trainers.callbacks.step_guard import StepGuard
 
 # Dense peak of matrix products in bf16, FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -29,8 +30,9 @@ class StepMetrics(Callback):
 
     Reads every `train/<name>` of the step's dictionary, and `loss` where it has no `train/loss`.
     Logs besides `train/lr`, `train/grad_norm` (before clipping; of several parts with `/<part>`
-    behind), `perf/samples_per_s`,
-    `perf/tokens_per_s`, `perf/data_wait_s` (seconds of the interval spent waiting for data),
+    behind), `train/skipped_steps` (those that `StepGuard` left out, since the run began),
+    `perf/samples_per_s`, `perf/tokens_per_s`, `perf/data_wait_s` (seconds of the interval spent
+    waiting for data),
     `perf/peak_memory_mib` and, where the device's peak is known, `perf/mfu`:
 
         model FLOPs utilisation = flops_per_sample * samples_per_s / (ranks * peak FLOP/s)
@@ -40,11 +42,19 @@ class StepMetrics(Callback):
     from the device and exchanges nothing between ranks.
 
     Raises:
-        FloatingPointError: The loss is not finite; the run ends there rather than train on.
+        FloatingPointError: The run has diverged (`StepGuard`), which is looked up for every row.
     """
 
-    def __init__(self, *, log_every_steps: int, batch_samples: int, tokens_per_sample: int):
-        """Remember how often to log and what a step counts for."""
+    def __init__(
+        self,
+        *,
+        log_every_steps: int,
+        batch_samples: int,
+        tokens_per_sample: int,
+        guard: StepGuard,
+    ):
+        """Remember how often to log, what a step counts for, and who judges steps."""
+        self.guard = guard
         self.log_every_steps = log_every_steps
         self.batch_samples = batch_samples
         self.tokens_per_sample = tokens_per_sample
@@ -95,7 +105,9 @@ class StepMetrics(Callback):
         values = {"train/loss": outputs["loss"] * accum} | outputs
         for key, value in values.items():
             if key.startswith("train/"):
-                self._sums[key] = self._sums.get(key, 0) + value.detach() / accum
+                total, weight = value if isinstance(value, tuple) else (value, 1.0)
+                pair = torch.stack([total.detach().float(), torch.as_tensor(weight).to(total)])
+                self._sums[key] = self._sums.get(key, 0) + pair
         if (batch_idx + 1) % accum == 0:
             self._log(trainer, pl_module, step)
 
@@ -103,16 +115,18 @@ class StepMetrics(Callback):
         return step % self.log_every_steps == 0 or step in (1, trainer.max_steps)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        means = trainer.strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="mean")
-        row = dict(zip(self._sums, means.tolist(), strict=True))
+        self.guard.check(trainer)
+        sums = trainer.strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="sum")
+        row = {
+            key: total / weight
+            for key, (total, weight) in zip(self._sums, sums.tolist(), strict=True)
+        }
         self._sums = {}
-        if not math.isfinite(row["train/loss"]):
-            raise diverged(step)
         row |= {f"train/lr{part}": rate for part, rate in self._rates.items()}
         norms = trainer.strategy.gradient_norms  # type: ignore[attr-defined]
         parts = zip(self._rates, norms.values(), strict=True)
         row |= {f"train/grad_norm{part}": float(norm) for part, norm in parts}
-        row |= self._throughput(trainer, pl_module, step)
+        row |= self.guard.row() | self._throughput(trainer, pl_module, step)
         self.latest = row
         for logger in trainer.loggers:
             logger.log_metrics(row, step)
@@ -140,14 +154,6 @@ class StepMetrics(Callback):
 
     def _seconds_waited(self, trainer: Trainer) -> float:
         return getattr(trainer.datamodule, "seconds_waited", 0.0)  # type: ignore[attr-defined]
-
-
-def diverged(step: int) -> FloatingPointError:
-    """The error of a run whose loss is no number any more."""
-    return FloatingPointError(
-        f"train/loss is not finite at step {step} -> the run diverged -> lower "
-        f"module.optimizer.lr or lengthen the warm-up, in a run of another name"
-    )
 
 
 def _suffix(trainer: Trainer, optimizer: Optimizer) -> str:

@@ -1,0 +1,115 @@
+"""The ranks that this command starts by torch's elastic agent, and what became of them."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from launch.run_directory import RunDirectory
+from launch.runtime import DONE, FAILED, PREEMPTED
+
+KILLED_BY = {
+    "SIGKILL": ": somebody killed it, or the machine was out of memory, which is the usual reason "
+    "-> see `dmesg` -> lower micro_batch or datamodule.num_workers",
+    "SIGABRT": ": a library gave up, often NCCL -> see the end of its output",
+    "SIGSEGV": ": a library is broken or does not fit another -> see the end of its output",
+}
+"""What to look for after a signal."""
+
+
+def start(run: RunDirectory, num_ranks: int) -> int:
+    """Run `launch.rank` for an accepted run on every device, by torch's elastic agent.
+
+    Rank 0 shares this terminal; the others write to `<run directory>/logs`.
+
+    Returns:
+        The run's exit code.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    (run.path / "logs").mkdir(exist_ok=True)
+    before = dict(os.environ)
+    os.environ |= _rank_environment(num_ranks)
+    try:
+        agent = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_ranks,
+            run_id=run.path.name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(
+                log_dir=str(run.path / "logs"),
+                redirects=dict.fromkeys(range(1, num_ranks), Std.ALL),
+            ),
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        )
+        elastic_launch(agent, sys.executable)("-P", "-m", "launch.rank", str(run.path))
+    except SignalException as error:
+        return _code_after_signal(run, str(error))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _code_after_failure(run, rank, failure.exitcode)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return DONE
+
+
+def _rank_environment(num_ranks: int) -> dict[str, str]:
+    home = str(Path(__file__).resolve().parent.parent)
+    # -P keeps the working folder from shadowing our packages; the user's own come after them.
+    path = [home, os.getcwd(), os.environ.get("PYTHONPATH", "")]
+    threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+        # Seconds to finish a step and save in after a signal; torch 2.11 knows 30 only.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+    }
+
+
+def _code_after_failure(run: RunDirectory, rank: int, exitcode: int) -> int:
+    """Say which rank ended the run and why; the others fail after it, with less to tell."""
+    if exitcode == PREEMPTED:
+        return PREEMPTED
+    logs = (run.path / "logs").glob(f"*/attempt_0/{rank}/stderr.log")
+    log = max(logs, key=os.path.getmtime) if rank else None
+    status = run.status
+    if exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        reason = f"rank {rank} was killed by {name}" + KILLED_BY.get(name, "")
+    elif status.get("is_cause") or (rank == 0 and status.get("state") == "failed"):
+        reason = status["reason"]
+    else:
+        reason = f"rank {rank} ended with code {exitcode}"
+        if log is not None:
+            reason += f": {(log.read_text(errors='replace').splitlines() or ['(no output)'])[-1]}"
+    if log is not None:
+        reason += f" (all of it: {log})"
+    run.write_failure(reason, status.get("step", 0))
+    print(f"error: {reason}", file=sys.stderr)
+    return FAILED
+
+
+def _code_after_signal(run: RunDirectory, reason: str) -> int:
+    """The agent has passed a signal on and lost the ranks' codes; the run's status tells."""
+    state = run.status.get("state")
+    if state == "starting":
+        run.write_status("preempted", f"{reason}, before the first step")
+    if state == "running":
+        run.write_status("failed", f"{reason}; the ranks ended before they could save")
+    return {"done": DONE, "preempted": PREEMPTED, "starting": PREEMPTED}.get(state or "", FAILED)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this rank when the process that started it is killed."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

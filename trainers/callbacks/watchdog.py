@@ -1,0 +1,207 @@
+"""A run that hangs, or whose ranks are gone, ends with the name of the rank it waits for."""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from trainers.callbacks.preemption import PreemptedError
+from trainers.heartbeats import Heartbeats, Record, blame, locate
+
+BEAT_S = 1.0
+"""Seconds between two signs of life of a rank, and between two looks at the time."""
+
+
+Report = Callable[[str, int], None]
+"""Is told why a run ends, and at which step."""
+
+
+class Watchdog(Callback):
+    """Ends the process when its main thread gets nowhere for `timeout_s`, and says whose fault.
+
+    A thread on every rank writes once a second to torch's store how far its main thread is. Ranks
+    that wait for each other all stop; the one furthest behind is the one they wait for, and one
+    whose thread is silent too is dead or frozen. The process ends hard, since a main thread in a
+    collective cannot be asked; torch's agent ends the other ranks, or they come here themselves.
+
+    The first rank that fails by itself leaves its reason in the store. Those that lose the
+    connection to it, or to a rank that was killed, report that reason and not their own.
+
+    Args:
+        timeout_s: Seconds that training may take from one sign of progress (a forward pass, a
+            backward pass, a step, a validation batch, a save) to the next.
+        report: Is told why the run ends, by the rank that knows.
+    """
+
+    def __init__(self, *, timeout_s: float, report: Report):
+        self.timeout_s, self.report = timeout_s, report
+        self._step, self._num_beats = 0, 0
+        self._position = [0, 0]  # micro-batch, and signs of progress since it began
+        self._doing = "starting"
+        self._marked_at = time.monotonic()
+        self._has_ended = threading.Event()
+        self._beats = Heartbeats(rank=0, num_ranks=1)  # until there is a process group
+
+    # -- progress of the main thread ------------------------------------------------------------
+
+    def _mark(self, doing: str, batch: int | None = None) -> None:
+        micro_batch, count = self._position
+        self._position = [micro_batch, count + 1] if batch is None else [batch, 0]
+        self._doing, self._marked_at = doing, time.monotonic()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start to watch: process groups are there, and nothing has been exchanged yet."""
+        if stage != "fit":
+            return
+        self._beats = Heartbeats(trainer.global_rank, trainer.world_size)
+        self._mark("starting")
+        self._has_ended.clear()
+        main_thread = threading.get_ident()
+        for work in (self._beat, self._watch):  # apart: who listens must be heard by the others
+            threading.Thread(target=work, args=[main_thread], daemon=True).start()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The batch is there."""
+        self._step = trainer.global_step + 1
+        self._mark("forward pass", batch=batch_idx + 1)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        """The loss is computed."""
+        self._mark("backward pass")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gradients are there."""
+        self._mark("after the backward pass")
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Gradients are exchanged."""
+        self._mark("optimizer step")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """What follows is logging, saving, and the next batch."""
+        self._mark("between steps: logging, loading the next batch")
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Validation is a batch further."""
+        self._mark(f"validation, batch {batch_idx}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What follows is samples, saving, and the next batch."""
+        self._mark("after validation")
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A checkpoint is about to be written."""
+        self._mark("saving")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop watching."""
+        self._has_ended.set()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Tell the other ranks, or find out what happened to them, and stop watching."""
+        if isinstance(exception, Exception) and not isinstance(exception, PreemptedError):
+            self._explain(trainer, exception)
+        self._has_ended.set()
+
+    def _explain(self, trainer: Trainer, error: Exception) -> None:
+        if not _is_lost_connection(error):
+            reason = str(error)
+            if not isinstance(error, FloatingPointError):  # which all ranks find together
+                reason = f"{type(error).__name__}: {reason}"
+                reason = f"rank {trainer.global_rank} failed at step {self._step}: {reason}"
+            if self._beats.tell(reason) and trainer.global_rank > 0:  # rank 0 writes its own
+                self.report(reason, self._step)
+        elif reason := self._find_cause(is_late="timed out" in str(error).lower()):
+            self._beats.tell(reason)
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+            self.report(reason, self._step)
+
+    def _find_cause(self, is_late: bool) -> str | None:
+        """What became of another rank: gone, or alive and too late for a collective."""
+        if told := self._beats.told():
+            return told
+        records, silent = self._beats.listen()
+        return self._beats.told() or (
+            blame(records, silent) if silent or (is_late and records) else None
+        )
+
+    # -- the threads ----------------------------------------------------------------------------
+
+    def _beat(self, main_thread: int) -> None:
+        while True:
+            self._num_beats += 1
+            self._beats.publish(self._record(sys._current_frames().get(main_thread)))
+            if self._has_ended.wait(BEAT_S):
+                return
+
+    def _watch(self, main_thread: int) -> None:
+        while not self._has_ended.wait(BEAT_S):
+            if time.monotonic() - self._marked_at > self.timeout_s:
+                self._give_up(sys._current_frames().get(main_thread))
+
+    def _record(self, frame: FrameType | None) -> Record:
+        place, is_waiting = locate(frame)
+        return {
+            "beat": self._num_beats,
+            "position": self._position,
+            "step": self._step,
+            "doing": self._doing,
+            "place": place,
+            "is_waiting": is_waiting,
+        }
+
+    def _give_up(self, frame: FrameType | None) -> None:
+        """End this process, after telling why: as another rank has told, or as it looks."""
+        marked_at = self._marked_at
+        reason = self._beats.told()
+        records, silent = self._beats.listen()
+        if self._has_ended.is_set() or self._marked_at != marked_at:
+            return  # it goes on after all
+        if reason is None:
+            records |= {self._beats.rank: self._record(frame)}
+            culprit = blame(records, silent)
+            reason = (
+                f"trainer.timeout_s={self.timeout_s:g} -> {culprit}; the run has waited for longer "
+                f"than that -> look there, or allow more seconds"
+            )
+            self._beats.tell(reason)
+        print(f"error: {reason}\nRank {self._beats.rank} stands at:", file=sys.stderr)
+        traceback.print_stack(frame)
+        self.report(reason, self._step)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether an error comes from a collective, whose other ranks are gone or late."""
+    words = ("gloo", "nccl", "connection", "timed out")
+    is_of_collective = any(word in str(error).lower() for word in words)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and is_of_collective
+    )

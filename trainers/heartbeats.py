@@ -1,0 +1,134 @@
+"""Signs of life that ranks leave for each other in torch's store, and what can be told from them.
+
+The store is the one that torch built the process groups with: of the elastic agent where there is
+one, otherwise of rank 0. It may be gone or frozen, so nothing here waits for it without end.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+
+SILENCE_S = 4.0
+"""A rank that gives no sign of life for so long is dead or frozen; it gives one every second."""
+
+STORE_TIMEOUT_S = 10.0
+
+LIBRARIES = (f"{os.sep}site-packages{os.sep}", os.path.dirname(threading.__file__), "<frozen")
+
+Record = dict[str, Any]
+"""What a rank tells of itself: `beat` (how often it has), `position` (how far it is; lists compare
+between ranks), `step`, `doing`, `place` in the code, `is_waiting` in a collective."""
+
+
+class Heartbeats:
+    """The ranks' records, and the reason that the first of them to fail has told.
+
+    Args:
+        rank: This one.
+        num_ranks: How many there are; alone, there is no store to ask.
+    """
+
+    def __init__(self, rank: int, num_ranks: int):
+        self.rank, self.num_ranks = rank, num_ranks
+        self._store: Store | None = None
+        if num_ranks > 1:
+            # A connection of its own: the main thread may wait on the other, holding its lock.
+            store: Any = _get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
+            store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
+            self._store = PrefixStore("heartbeats", store)
+
+    def publish(self, record: Record) -> None:
+        """Give a sign of life."""
+        self._ask(lambda store: store.set(str(self.rank), json.dumps(record)))
+
+    def tell(self, reason: str) -> bool:
+        """Leave the reason for which the run fails; gives whether nobody was faster."""
+        told = self._ask(lambda store: store.compare_set("reason", "", reason))
+        return told in (None, reason.encode())
+
+    def told(self) -> str | None:
+        """The reason that some rank has left, if one has."""
+        return self._ask(lambda s: s.get("reason").decode() if s.check(["reason"]) else None)
+
+    def listen(self) -> tuple[dict[int, Record], list[int]]:
+        """Listen for a while.
+
+        Returns:
+            The ranks' records, and the ranks that gave no sign of life.
+        """
+        if self._store is None:
+            return {}, []
+        before = self._ask(self._read) or {}
+        time.sleep(SILENCE_S)
+        after = self._ask(self._read) or {}
+        others = (rank for rank in range(self.num_ranks) if rank != self.rank)
+        silent = [rank for rank in others if before.get(rank) == after.get(rank)]
+        return after, silent
+
+    def _read(self, store: Store) -> dict[int, Record]:
+        ranks = [rank for rank in range(self.num_ranks) if store.check([str(rank)])]
+        return {rank: json.loads(store.get(str(rank))) for rank in ranks}
+
+    def _ask(self, question: Callable[[Store], Any]) -> Any:
+        """Ask the store; None where it does not answer, or there is none."""
+        store, answers = self._store, []
+        if store is None:
+            return None
+
+        def ask() -> None:
+            try:
+                answers.append(question(store))
+            except RuntimeError:  # the process that held the store is gone
+                return
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(STORE_TIMEOUT_S)
+        return answers[0] if answers else None
+
+
+def blame(records: dict[int, Record], silent: list[int]) -> str:
+    """Say which rank the others wait for and where it stands: a silent one, or the furthest behind.
+
+    Of ranks that are equally far, those in a collective wait for those that are not.
+    """
+    if silent:
+        order = {rank: _furthest_behind(records.get(rank)) for rank in silent}
+        rank = min(silent, key=order.__getitem__)
+        last = records.get(rank)
+        since = f"step {last['step']} ({last['doing']})" if last else "the start"
+        return (
+            f"rank {rank} has not been heard of since {since}: it was killed (the usual reason is "
+            f"memory), it is frozen, or its machine is gone"
+        )
+    lowest = min(map(_furthest_behind, records.values()))
+    behind = [rank for rank, record in records.items() if _furthest_behind(record) == lowest]
+    one = len(behind) == 1
+    who = f"rank {behind[0]} has" if one else f"ranks {', '.join(map(str, behind))} have all"
+    last = records[behind[0]]
+    return f"{who} made no progress since step {last['step']}, {last['doing']} ({last['place']})"
+
+
+def _furthest_behind(record: Record | None) -> tuple[list[int], bool]:
+    return (record["position"], record["is_waiting"]) if record else ([], False)
+
+
+def locate(frame: FrameType | None) -> tuple[str, bool]:
+    """Where a thread stands in code that is no library's, and whether it waits in a collective."""
+    is_waiting, place = False, "place unknown"
+    while frame is not None:
+        name = frame.f_code.co_filename
+        place = f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
+        if not name.startswith(sys.prefix) and not any(library in name for library in LIBRARIES):
+            break
+        is_waiting |= f"torch{os.sep}distributed{os.sep}" in name
+        frame = frame.f_back
+    return place, is_waiting
