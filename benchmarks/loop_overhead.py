@@ -197,6 +197,7 @@ def compete(folder: Path, *, seed: int, steps: int) -> tuple[dict[str, list[floa
         directory,
         world_size=1,
         resume_step=0,
+        grad_accum=1,
         strategy=Single,
         loggers=[],
         callbacks=[turns],

@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from launch import runtime
+from launch import ranks, runtime
 from launch.run_directory import RunDirectory, load_initial_weights
 from launch.summary import print_summary, summarize
 
@@ -29,7 +29,7 @@ def train(config: DictConfig) -> int:
         run.verify_checkpoint("last")
         run.accept(config)
         if num_ranks > 1 and not runtime.is_rank():
-            return runtime.start_ranks(run, num_ranks)
+            return ranks.start(run, num_ranks)
         return fit(run, config)
 
 
@@ -53,11 +53,14 @@ def complete(config: DictConfig, num_ranks: int) -> None:
 def fit(run: RunDirectory, config: DictConfig) -> int:
     """Train on this rank until the run is done or asked to stop; give the exit code."""
     runtime.quiet_libraries()
+    import torch
+
     from trainers.build import build_trainer
     from trainers.callbacks.preemption import PreemptedError
     from trainers.checkpoint import read_manifest
 
     checkpoint = run.find_checkpoint("last")
+    torch.manual_seed(config.seed)  # for modules that draw their initial values as torch does
     module = instantiate(config.module, _convert_="all")
     datamodule = instantiate(config.datamodule, _convert_="all")
     if config.init_from and checkpoint is None:
@@ -67,10 +70,12 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
         run.path,
         world_size=runtime.world_size(config),
         resume_step=read_manifest(checkpoint)["step"] if checkpoint else 0,
+        grad_accum=config.plan.grad_accum if module.automatic_optimization else 1,
         strategy=instantiate(config.strategy, _convert_="all")["make"],
         loggers=runtime.build_loggers(config, run.path),
         callbacks=list(instantiate(config.trainer.callbacks, _convert_="all").values()),
         profiler=instantiate(config.trainer.profiler, _convert_="all"),
+        report=run.write_failure,
     )
     with run.status_of(trainer) as end:
         try:

@@ -21,7 +21,7 @@ class Decoder(Protocol):
         """Return logits [S, 1, V] of the last of the tokens int64 [S, T], extending the cache."""
         ...
 
-    def new_cache(self, batch: int) -> KeyValueCache:
+    def new_cache(self, batch: int, device: torch.device) -> KeyValueCache:
         """Make an empty cache for `batch` sequences of `sequence_length` tokens."""
         ...
 
@@ -111,7 +111,7 @@ def generate(
     generator = torch.Generator(device).manual_seed(seed)
     context = torch.tensor([list(prompt)] * num_sequences, device=device)  # [S, T]
     context = context[:, -network.sequence_length :]
-    cache = network.new_cache(num_sequences)
+    cache = network.new_cache(num_sequences, device)
     fresh, new = context, []
     finished = torch.zeros(num_sequences, 1, dtype=torch.bool, device=device)
     while len(new) < max_new_tokens and not finished.all():

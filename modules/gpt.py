@@ -75,6 +75,8 @@ class GPT(LightningModule):
         # Without storage until it is known where: a strategy may give a rank its shards only.
         with torch.device("meta"):
             self.network = GPTNetwork(shape, vocab_size=vocab_size, sequence_length=sequence_length)
+        # Taken now: a strategy may leave a rank with shards of other shapes.
+        self._sizes = {name: p.shape for name, p in self.network.named_parameters()}
         self.optimizer_settings = {k: v for k, v in optimizer.items() if k != "gradient_clip"}
         self.schedule = Schedule(plan, **schedule)  # here, so that a wrong one fails early
         self.bytes_per_token = bytes_per_token
@@ -94,8 +96,8 @@ class GPT(LightningModule):
 
     def initial_value(self, name: str) -> Tensor:
         """Initial value of the parameter that `named_parameters` calls `name`; fp32, on the CPU."""
-        size = self.get_parameter(name).shape
-        return initial_value(self.network.shape, name.removeprefix("network."), size, self.seed)
+        name = name.removeprefix("network.")
+        return initial_value(self.network.shape, name, self._sizes[name], self.seed)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -139,26 +141,27 @@ class GPT(LightningModule):
         et al. 2022, arXiv 2204.02311, appendix B, which counts attention in full.
         """
         shape, length = self.network.shape, self.network.sequence_length
-        parameters = sum(p.numel() for p in self.network.parameters())
+        parameters = sum(size.numel() for size in self._sizes.values())
         if shape.positions == "learned":
-            parameters -= self.network.position_embedding.weight.numel()
+            parameters -= self._sizes["position_embedding.weight"].numel()
         if not shape.tie_embeddings:
-            parameters -= self.network.embedding.weight.numel()
+            parameters -= self._sizes["embedding.weight"].numel()
         return 6 * parameters * length + 6 * shape.num_layers * length**2 * shape.width
 
-    def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
         """Compute the loss of a micro-batch.
 
         Returns:
             `loss`, the summed loss over all B x T positions, ignored ones among the divisor: so
-            averaging micro-batches and ranks weighs every token the same; and `train/loss`, the
-            mean over the targets that count. Without ignored targets they are equal.
+            averaging micro-batches and ranks weighs every token the same; and `train/loss`, a sum
+            and its weight, for the mean over the targets that count, wherever they are. Without
+            ignored targets the two are equal.
         """
         targets = batch["targets"]
         total = self._summed_loss(batch)
         return {
             "loss": total / targets.numel(),
-            "train/loss": total.detach() / (targets != IGNORED).sum(),
+            "train/loss": (total.detach(), (targets != IGNORED).sum()),
         }
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:

@@ -22,6 +22,7 @@ from modules.layers import (
     linear_cross_entropy,
     rotary_tables,
     soft_cap,
+    table_of,
 )
 from modules.norms import NORM_EPSILON, LayerNorm, RMSNorm, rms_norm
 
@@ -131,14 +132,6 @@ class GPTNetwork(nn.Module):
         if not shape.tie_embeddings:
             self.head = nn.Linear(shape.width, vocab_size, bias=False)
 
-    @property
-    def head_weight(self) -> Tensor:
-        """Output projection [V, D]; the token embedding itself where they are tied.
-
-        One parameter with one name: a state dict holds tied weights once.
-        """
-        return self.embedding.weight if self.shape.tie_embeddings else self.head.weight
-
     def forward(
         self,
         inputs: Tensor,
@@ -164,47 +157,44 @@ class GPTNetwork(nn.Module):
         Returns:
             fp32 scalar loss in nats, or fp32 logits [B, T, V] ([B, 1, V] with a cache).
         """
-        hidden = self._hidden(inputs, documents, cache)
+        table = table_of(self.embedding)  # [V, D]
+        # Tied weights are one parameter with one name: a state dict holds them once.
+        head = table if self.shape.tie_embeddings else self.head.weight  # [V, D]
+        hidden = self._hidden(F.embedding(inputs, table), documents, cache)
         softcap = self.shape.logit_softcap or None
         if targets is not None:
-            return linear_cross_entropy(
-                hidden, self.head_weight, targets, softcap=softcap, reduction=reduction
-            )
+            return linear_cross_entropy(hidden, head, targets, softcap=softcap, reduction=reduction)
         if cache is not None:
             hidden = hidden[:, -1:]
-        return soft_cap(F.linear(hidden, self.head_weight).float(), softcap)
+        return soft_cap(F.linear(hidden, head).float(), softcap)
 
-    def _hidden(
-        self, inputs: Tensor, documents: Tensor | None, cache: KeyValueCache | None
-    ) -> Tensor:
-        """Return the last block's normalised output [B, T, D]."""
+    def _hidden(self, x: Tensor, documents: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        """Return the last block's normalised output [B, T, D] for embedded tokens `x`."""
         mask = None
         if documents is None:
             start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + inputs.size(1), device=inputs.device)  # [T]
+            positions = torch.arange(start, start + x.size(1), device=x.device)  # [T]
         else:
             mask, positions = document_mask(documents), document_positions(documents)  # [B, T]
-        x = self.embedding(inputs)  # [B, T, D]
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.float()  # the residual stream, also where a strategy keeps weights in bf16
         rotary = None
         if self.shape.positions == "learned":
-            x = x + self.position_embedding(positions)
+            x = x + F.embedding(positions, table_of(self.position_embedding))
         else:
             rotary = rotary_tables(positions, self.shape.head_width, self.shape.rope_base)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, rotary, mask, cache)
         if cache is not None:
-            cache.length += inputs.size(1)
+            cache.length += x.size(1)
         return self.norm(x)
 
-    def new_cache(self, batch: int) -> KeyValueCache:
+    def new_cache(self, batch: int, device: torch.device) -> KeyValueCache:
         """Make an empty cache for `batch` sequences of up to `sequence_length` tokens."""
         shape = self.shape
         size = (shape.num_layers, batch, shape.num_kv_heads, self.sequence_length, shape.head_width)
-        weight = self.embedding.weight  # may be a shard: only its kind counts
-        keys = torch.empty(size, dtype=weight.dtype, device=weight.device)
+        is_mixed = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_mixed else self.embedding.weight.dtype
+        keys = torch.empty(size, dtype=dtype, device=device)
         return KeyValueCache(keys, torch.empty_like(keys))
 
     @torch.no_grad()

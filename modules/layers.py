@@ -19,6 +19,17 @@ PLAIN_LOGITS_BYTES = 32 * 2**20
 Reduction = Literal["mean", "sum"]
 
 
+def table_of(embedding: nn.Embedding) -> Tensor:
+    """The table of an embedding, [rows, D]; under autocast in fp32.
+
+    There a strategy may keep it in low precision. So what is looked up, the residual stream, is
+    fp32 as everywhere, and its gradient is summed in fp32 and rounded once, where bf16 would stop
+    adding at 256 occurrences of a token.
+    """
+    weight = embedding.weight
+    return weight.float() if torch.is_autocast_enabled(weight.device.type) else weight
+
+
 def document_positions(documents: Tensor) -> Tensor:
     """Position of each token within its document.
 

@@ -17,7 +17,10 @@ from trainers.callbacks.previews import Previews
 from trainers.callbacks.progress import ProgressBar
 from trainers.callbacks.randomness import KeyedRandomness
 from trainers.callbacks.same_start import SameStart
+from trainers.callbacks.step_guard import StepGuard
 from trainers.callbacks.step_metrics import StepMetrics
+from trainers.callbacks.step_vote import StepVote
+from trainers.callbacks.watchdog import Report, Watchdog
 from trainers.checkpoint import CheckpointDirectory
 from trainers.metrics import JsonLines, StampedLogger
 from trainers.strategies.parts import PartsStrategy
@@ -29,10 +32,12 @@ def build_trainer(
     *,
     world_size: int,
     resume_step: int,
+    grad_accum: int,
     strategy: Callable[..., PartsStrategy],
     loggers: list[Logger],
     callbacks: list[Callback],
     profiler: Profiler | None,
+    report: Report = lambda reason, step: None,
 ) -> lightning.Trainer:
     """Put a run's Trainer together.
 
@@ -44,19 +49,25 @@ def build_trainer(
         directory: The run directory.
         world_size: Number of ranks.
         resume_step: Step of the checkpoint that the run continues from; 0 at the start.
+        grad_accum: Micro-batches per optimizer step; 1 for a module that cuts its batch itself.
         strategy: Makes one of `trainers.strategies` from precision, device and clipping.
         loggers: Loggers beside `metrics.jsonl`.
         callbacks: The user's own, run before ours.
         profiler: A Lightning profiler, or None.
+        report: Is told why the run fails, by the rank that knows it.
     """
     plan, options = config["plan"], config["trainer"]
+    guard, vote = StepGuard(**options["guard"]), StepVote()
     metrics = StepMetrics(
         log_every_steps=options["log_every_steps"],
         batch_samples=plan["batch_samples"],
         tokens_per_sample=plan["tokens_per_sample"],
+        guard=guard,
     )
     accelerator = resolve_accelerator(options["accelerator"])
-    checkpointing = Checkpointing(directory / "checkpoints", **config["checkpoints"])
+    checkpointing = Checkpointing(
+        directory / "checkpoints", **config["checkpoints"], guard=guard, vote=vote
+    )
     loggers = [JsonLines(directory / "metrics.jsonl", resume_step=resume_step), *loggers]
     trainer = lightning.Trainer(
         accelerator=accelerator,
@@ -66,11 +77,12 @@ def build_trainer(
             precision=config["precision"],
             device_type=accelerator,
             gradient_clip=config["module"]["optimizer"]["gradient_clip"],
+            guard=guard,
         ),
         max_epochs=1,
         max_steps=plan["max_steps"],
-        accumulate_grad_batches=plan["grad_accum"],
-        val_check_interval=options["val_every_steps"] * plan["grad_accum"],
+        accumulate_grad_batches=grad_accum,
+        val_check_interval=options["val_every_steps"] * grad_accum,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
@@ -79,15 +91,18 @@ def build_trainer(
         plugins=[CheckpointDirectory(_manifest_facts(config, world_size))],
         logger=loggers,
         callbacks=[
+            Watchdog(timeout_s=options["timeout_s"], report=report),
             *callbacks,
             SameStart(config, resume_step=resume_step),
             KeyedRandomness(seed=config["seed"]),
             ActivationCheckpointing(config["activation_checkpointing"]),
-            metrics,  # before anything is saved: what is saved has its row, and diverging is seen
+            vote,
+            guard,
+            metrics,  # before anything is saved: what is saved has its row
             Previews(directory / "samples"),
             checkpointing,
             ProgressBar(metrics),
-            Preemption(checkpointing),
+            Preemption(checkpointing, vote),
         ],
         default_root_dir=directory,
         enable_checkpointing=False,

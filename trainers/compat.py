@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from trainers.activation_checkpointing import ActivationCheckpointing
+from trainers.callbacks.step_guard import ACTIONS
 
 PRECISIONS = ("fp32", "bf16", "fp16", "auto")
 ACCELERATORS = ("auto", "cpu", "cuda")
@@ -126,6 +127,29 @@ def _run_has_a_name(config: Mapping[str, Any], world_size: int) -> str | None:
     return f"run.name={name} -> it names a directory in runs_dir -> use a plain name"
 
 
+def _failures_are_judged(config: Mapping[str, Any], world_size: int) -> str | None:
+    options = config["trainer"]
+    guard, spike = options["guard"], options["guard"]["spike"]
+    actions = {"guard.nonfinite": guard["nonfinite"], "guard.spike.action": spike["action"]}
+    for key, action in actions.items():
+        if action not in ACTIONS:
+            return f"trainer.{key}={action} -> unknown -> use one of {', '.join(ACTIONS)}"
+    if spike["factor"] is not None and spike["factor"] <= 1:
+        return (
+            f"trainer.guard.spike.factor={spike['factor']} -> every loss near the mean would be a "
+            f"spike -> use more than 1, or null for not watching"
+        )
+    lowest = {
+        "timeout_s": (options["timeout_s"], 1),
+        "guard.spike.memory_steps": (spike["memory_steps"], 1),
+        "guard.max_skips": (guard["max_skips"], 0),
+    }
+    for key, (value, least) in lowest.items():
+        if not isinstance(value, int | float) or value < least:
+            return f"trainer.{key}={value} -> it is a number -> use {least} or more"
+    return None
+
+
 def _uses_cuda(config: Mapping[str, Any]) -> bool:
     return config["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available()
 
@@ -139,4 +163,5 @@ RULES: tuple[Rule, ...] = (
     _counts_are_positive,
     _nodes_have_ranks,
     _run_has_a_name,
+    _failures_are_judged,
 )

@@ -35,7 +35,7 @@ def test_cached_logits_equal_uncached(preset):
     tokens = torch.randint(20, (3, 10), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         full = network(tokens)
-        cache = network.new_cache(3)
+        cache = network.new_cache(3, torch.device("cpu"))
         stepwise = [network(tokens[:, :4], cache=cache)]
         stepwise += [network(tokens[:, i : i + 1], cache=cache) for i in range(4, 10)]
     torch.testing.assert_close(torch.cat(stepwise, 1), full[:, 3:], rtol=1e-5, atol=1e-5)

@@ -93,8 +93,9 @@ def test_training_lowers_the_loss(preset, optimizer):
     batch, losses = make_batch(), []
     for index in range(10):
         result = model.training_step(batch, index)
-        assert torch.equal(result["loss"], result["train/loss"])  # nothing is ignored here
-        assert not result["train/loss"].requires_grad
+        total, weight = result["train/loss"]
+        assert torch.equal(result["loss"], total / weight)  # nothing is ignored here
+        assert not total.requires_grad
         result["loss"].backward()
         configured.step()
         configured.zero_grad()
@@ -113,8 +114,11 @@ def test_training_loss_weighs_tokens_alike_over_micro_batches():
     of_whole = model.training_step(whole, 0)["loss"]
     of_halves = [model.training_step(half, 0) for half in halves]
     torch.testing.assert_close(of_whole, (of_halves[0]["loss"] + of_halves[1]["loss"]) / 2)
-    mean = sum(result["train/loss"] for result in of_halves) / 2
-    assert abs(of_whole - mean) > 1e-4 * mean  # what a mean over each half's targets would give
+    totals, weights = zip(*(result["train/loss"] for result in of_halves), strict=True)
+    logged = sum(totals) / sum(weights)
+    assert logged == pytest.approx(of_whole.item() * 64 / 52)  # over the targets that count
+    mean = sum(total / weight for total, weight in zip(totals, weights, strict=True)) / 2
+    assert abs(logged - mean) > 1e-4 * mean  # what a mean over each half's targets would give
 
 
 def evaluation_batches():

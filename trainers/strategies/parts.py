@@ -27,11 +27,16 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trainers.optimizer_state import load_named_state, named_state
-from trainers.strategies.precision import Autocast
+from trainers.strategies.precision import Autocast, step_unless
 
 Clip = float | None | Mapping[str, float | None]
 Guard = Callable[[str, Tensor, Tensor], Tensor | None]
 """(part, loss, gradient norm) -> bool scalar, whether not to step; None: step."""
+
+
+LATE_S = 60
+"""Seconds that a collective waits longer than it may take: the watchdog, which knows whom it waits
+for, is to speak first. NCCL would end the process without a word."""
 
 
 class PartsStrategy(DDPStrategy):
@@ -61,7 +66,8 @@ class PartsStrategy(DDPStrategy):
         timeout_s: float,
     ):
         autocast = Autocast(precision, device_type)
-        super().__init__(timeout=timedelta(seconds=timeout_s), precision_plugin=autocast)
+        timeout = timedelta(seconds=timeout_s + LATE_S)
+        super().__init__(timeout=timeout, precision_plugin=autocast)
         autocast.strategy = self
         self.dtype = autocast.dtype
         self.clip, self.guard = gradient_clip, guard
@@ -98,6 +104,12 @@ class PartsStrategy(DDPStrategy):
         """A part's parameters that its optimizer drives."""
         optimizer = self.optimizers[list(self.parts).index(part)]
         return [p for group in optimizer.param_groups for p in group["params"]]
+
+    def storage_dtype(self, parameters: str) -> torch.dtype:
+        """Dtype of parameters by `strategy.make.parameters`: fp32, or the run's precision."""
+        if parameters not in ("fp32", "low"):
+            raise ValueError(f"strategy.make.parameters={parameters} -> unknown -> use fp32 or low")
+        return self.dtype if parameters == "low" else torch.float32
 
     # -- setting up -----------------------------------------------------------------------------
 
@@ -234,6 +246,16 @@ class PartsStrategy(DDPStrategy):
 
     # -- state ----------------------------------------------------------------------------------
 
+    def whole_parameters(self, part: str) -> Iterator[tuple[str, Tensor]]:
+        """Whole fp32 values of a part, one at a time, on every rank; collective.
+
+        For what is a function of the weights, such as a moving average: `self.trainer.strategy` is
+        the same to a module whatever shards there are.
+        """
+        for name, parameter in self.parts[part].named_parameters():
+            whole = parameter.detach()
+            yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
+
     def parameter_names(self) -> dict[nn.Parameter, str]:
         """Name of each parameter in the module's state dict."""
         return {parameter: name for name, parameter in self.module.named_parameters()}
@@ -261,18 +283,10 @@ class PartsStrategy(DDPStrategy):
         for part, scaler in self.scalers.items():
             scaler.load_state_dict(state[part])
 
-
-def step_unless(veto: Tensor | None, optimizer: Optimizer) -> None:
-    """Step, or leave everything as it is where the device finds `veto` true.
-
-    By the protocol between `torch.amp.GradScaler` and fused optimizers, which read `found_inf` on
-    the device: nobody waits for it.
-    """
-    if veto is None:
-        optimizer.step()
-        return
-    optimizer.grad_scale, optimizer.found_inf = None, veto.float()  # type: ignore[attr-defined]
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    def teardown(self) -> None:
+        """Leave parameters where they are: after a failed start some have no storage to move."""
+        module, self._lightning_module = self._lightning_module, None
+        try:
+            super().teardown()
+        finally:
+            self._lightning_module = module

@@ -1,13 +1,14 @@
-"""fp32, bf16 or fp16 as autocast, the same around every strategy."""
+"""fp32, bf16 or fp16 as autocast around every strategy, and steps called off on the device."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import Precision
 from torch import Tensor
+from torch.optim import Optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,3 +51,45 @@ class Autocast(Precision):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with saved loss scales."""
         self.strategy.load_loss_scale_state(state_dict)
+
+
+def call_off(optimizer: Optimizer, veto: Tensor) -> None:
+    """Make an optimizer's next step do nothing where the device finds `veto` true.
+
+    By the protocol between `torch.amp.GradScaler` and fused optimizers, which read `found_inf` on
+    the device: nobody waits for it. For an optimizer that does not read it, the host waits.
+
+    Raises:
+        StepCalledOff: The step is not to be taken, and the optimizer would not see that.
+    """
+    is_fused = all(group.get("fused") for group in optimizer.param_groups)
+    if not (is_fused or hasattr(optimizer, "found_inf")):
+        if veto:
+            raise StepCalledOff
+        return
+    optimizer.grad_scale, optimizer.found_inf = None, veto.float()  # type: ignore[attr-defined]
+    if isinstance(optimizer, torch.optim.SGD):
+        _begin_momentum(optimizer)
+
+
+class StepCalledOff(Exception):
+    """A step is not to be taken."""
+
+
+def _begin_momentum(optimizer: torch.optim.SGD) -> None:
+    # torch 2.13 would keep a momentum without values where the very first step is called off.
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else []:
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+def step_unless(veto: Tensor | None, optimizer: Optimizer) -> None:
+    """Step, or leave everything as it is where `veto` is true."""
+    if veto is None:
+        optimizer.step()
+        return
+    with suppress(StepCalledOff):
+        call_off(optimizer, veto)
+        optimizer.step()
+    if "found_inf" in vars(optimizer):
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]

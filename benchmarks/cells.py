@@ -1,0 +1,180 @@
+"""Small runs by the launcher's own `fit`, on ranks that are started once for all of them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+
+from launch.run_directory import RunDirectory
+from launch.train import complete
+from trainers.metrics import read_metrics
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp")
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the matrix.
+
+    Attributes:
+        module: `gpt`, `masked` (GPT whose rows have few and uneven targets) or `two_networks`.
+        strategy: As `strategy=`.
+        precision: As `precision=`.
+        recompute: As `activation_checkpointing=`.
+        micro: Samples per rank and forward pass; None for all.
+        control: Name of something to break (`benchmarks.parity_ranks.CONTROLS`), or None.
+        stop_at: Step to stop and continue at, or None.
+        optimizer: As `module.optimizer.name=`, of a GPT.
+        seed: Of the run.
+        parameters: As `strategy.make.parameters=`, of strategies that have it.
+    """
+
+    module: str
+    strategy: str
+    precision: str = "fp32"
+    recompute: str = "none"
+    micro: int | None = None
+    control: str | None = None
+    stop_at: int | None = None
+    optimizer: str = "sgd"
+    seed: int = 1
+    parameters: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        """Of its run."""
+        return "-".join(str(value) for value in asdict(self).values() if value is not None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields, for a file."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run trained: losses [steps], weights by name; or the error it ended with."""
+
+    losses: torch.Tensor
+    weights: dict[str, torch.Tensor]
+    error: str | None = None
+
+
+def configure(cell: Cell, folder: Path, ranks: int, accelerator: str) -> DictConfig:
+    """Compose and complete the configuration of a cell."""
+    overrides = [
+        "experiment=gpt_char_cpu",
+        f"seed={cell.seed}",
+        f"strategy={cell.strategy}",
+        f"precision={cell.precision}",
+        f"activation_checkpointing={cell.recompute}",
+        f"runs_dir={folder / 'runs'}",
+        f"data_dir={folder / 'data'}",
+        f"corpus.path={folder / 'text.txt'}",
+        f"run.name={cell.name}",
+        f"trainer.devices={ranks}",
+        f"trainer.accelerator={accelerator}",
+        "trainer.log_every_steps=1",
+        f"trainer.val_every_steps={10 * STEPS}",
+        "datamodule.val_max_samples=8",
+        "checkpoints.every_steps=null",
+        "batch_samples=8",
+        f"micro_batch={'null' if cell.micro is None else cell.micro}",
+        f"max_steps={STEPS}",
+        "datamodule.sequence_length=16",
+        "module.network={num_layers: 2, num_heads: 2, width: 32, dropout: 0.0}",
+        f"module.optimizer.name={cell.optimizer}",
+        f"module.optimizer.lr={0.02 if cell.optimizer == 'muon' else 0.1}",
+        "module.optimizer.gradient_clip=0.5",
+        "module.schedule={name: constant, final_lr_fraction: null, warmup_samples: 0}",
+        "module.preview.max_new_tokens=1",
+    ]
+    with hydra.initialize_config_module("conf", version_base=None):
+        config = hydra.compose("train", overrides)
+    if cell.module == "masked":
+        config.module._target_ = "benchmarks.parity_ranks.MaskedGPT"
+    if cell.module == "two_networks":
+        _use_two_networks(config, cell)
+    if "config" in config.strategy.make:  # small buffers, for the sake of the machine
+        small = {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}
+        if "stage3_param_persistence_threshold" in config.strategy.make.config.zero_optimization:
+            small["stage3_param_persistence_threshold"] = 100  # or these networks stay whole
+        config.strategy.make.config.zero_optimization.merge_with(small)
+    if "parameters" in config.strategy.make:
+        config.strategy.make.parameters = cell.parameters
+    if "timeout_s" in config.strategy.make:
+        config.strategy.make.timeout_s = 60
+    complete(config, ranks)
+    return config
+
+
+def _use_two_networks(config: DictConfig, cell: Cell) -> None:
+    config.module = {
+        "_target_": "benchmarks.two_networks.TwoNetworks",
+        "optimizer": {"lr": 0.1, "gradient_clip": {"discriminator": 0.2, "generator": 0.05}},
+        "num_micro": "${plan.grad_accum}",
+        "r1": 0.5,
+        "ema_decay": 0.9,
+        "seed": cell.seed,
+    }
+    config.datamodule = {"_target_": "benchmarks.two_networks.Points", "plan": "${plan}"}
+    config.corpus = {"name": "none"}
+
+
+def run_cells(cells: list[Cell], folder: Path, ranks: int, accelerator: str) -> dict[Cell, Outcome]:
+    """Train every cell, on ranks that are started once."""
+    write_text(folder)
+    for cell in cells:
+        run = RunDirectory(folder / "runs" / cell.name)
+        run.path.mkdir(parents=True)
+        run.accept(configure(cell, folder, ranks, accelerator))
+    jobs = folder / f"cells-{ranks}.json"
+    jobs.write_text(json.dumps([cell.as_dict() for cell in cells]))
+    start_ranks([str(jobs)], ranks)
+    return {cell: read_outcome(folder / "runs" / cell.name) for cell in cells}
+
+
+def write_text(folder: Path) -> None:
+    """Write the corpus that all cells train on."""
+    lines = (f"{i * i} little {i % 7} boats on {i % 11} seas.\n" for i in range(3000))
+    (folder / "text.txt").write_text("".join(lines))
+
+
+def start_ranks(arguments: list[str], ranks: int) -> None:
+    """Run `benchmarks.parity_ranks` on every rank, and wait."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "parity"}
+    common |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    command = [sys.executable, "-m", "benchmarks.parity_ranks", *arguments]
+    root = Path(__file__).parent.parent
+    processes = [
+        subprocess.Popen(
+            command, env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)}, cwd=root
+        )
+        for r in range(ranks)
+    ]
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        raise RuntimeError(f"ranks ended with codes {codes}")
+
+
+def read_outcome(run: Path) -> Outcome:
+    """Read what a run left."""
+    if (error := run / "error.txt").exists():
+        return Outcome(torch.tensor([]), {}, error.read_text())
+    rows = read_metrics(run / "metrics.jsonl")
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    weights = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "weights.safetensors")
+    return Outcome(torch.tensor(losses), weights)

@@ -1,0 +1,148 @@
+"""Every strategy trains as one rank does: loss curves and final weights, cell by cell.
+
+    python -m benchmarks.parity ranks=2 backend=gloo [modules=gpt,two_networks] [strategies=...]
+        [precisions=fp32,bf16] [recompute=none,full,selective,every_2] [micro=null,2]
+
+Each cell is a run by the launcher's own `fit`: the same configuration on one rank under
+`strategy=single` and on all ranks under the cell's strategy, SGD, no dropout, the same global
+batch. In fp32 both must be equal to 1e-5; in low precision a cell may be at most 1.5 times as far
+from the fp32 run as one rank in that precision is, over three seeds. On CUDA use `backend=nccl`.
+"""
+
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cells import STRATEGIES, Cell, Outcome, run_cells
+
+TOLERANCE = 1e-5
+RATIO = 1.5
+SEEDS = (1, 2, 3)
+
+
+def largest_difference(one: Outcome, other: Outcome) -> tuple[float, float]:
+    """Largest absolute difference of losses and of weights; infinite where a run failed."""
+    if one.error or other.error or one.losses.shape != other.losses.shape:
+        return float("inf"), float("inf")
+    assert one.weights.keys() == other.weights.keys()
+    weights = max(float((one.weights[k] - other.weights[k]).abs().max()) for k in one.weights)
+    return float((one.losses - other.losses).abs().max()), weights
+
+
+def distance(one: Outcome, other: Outcome) -> tuple[float, float]:
+    """Root mean square difference of losses and Euclidean one of all weights."""
+    if one.error or other.error or one.losses.shape != other.losses.shape:
+        return float("inf"), float("inf")
+    squares = sum(float((one.weights[k] - other.weights[k]).square().sum()) for k in one.weights)
+    return float((one.losses - other.losses).square().mean().sqrt()), squares**0.5
+
+
+def variants(cell: Cell) -> list[Cell]:
+    """What a cell is judged by: in low precision, where rounding is a draw of lots, three seeds."""
+    if cell.precision == "fp32":
+        return [cell]
+    return [replace(cell, seed=seed) for seed in SEEDS]
+
+
+def exact_reference(cell: Cell) -> Cell:
+    """One rank in fp32."""
+    return Cell(cell.module, "single", optimizer=cell.optimizer, seed=cell.seed)
+
+
+def own_references(cell: Cell) -> list[Cell]:
+    """One rank in the cell's precision; how the batch is cut changes what is rounded."""
+    exact = exact_reference(cell)
+    return [replace(exact, precision=cell.precision, micro=cut) for cut in (None, 4, 2, 1)]
+
+
+def with_references(cells: list[Cell]) -> tuple[list[Cell], list[Cell]]:
+    """All runs that judging cells takes: those on one rank, and those on all."""
+    runs = [variant for cell in cells for variant in variants(cell)]
+    ones = [exact_reference(run) for run in runs]
+    ones += [own for run in runs if run.precision != "fp32" for own in own_references(run)]
+    return list(dict.fromkeys(ones)), runs
+
+
+def judge(cell: Cell, outcomes: dict[Cell, Outcome]) -> tuple[bool, tuple[float, float]]:
+    """Whether a cell is as its references are.
+
+    Returns:
+        The verdict, and for losses and weights the largest difference (fp32) or the distance from
+        fp32 over the distance that one rank in the cell's precision has (its largest over the ways
+        to cut the batch), both as root mean squares over seeds.
+    """
+    if cell.precision == "fp32":
+        found = largest_difference(outcomes[cell], outcomes[exact_reference(cell)])
+        return max(found) <= TOLERANCE, found
+    measured, allowed = torch.zeros(2), torch.zeros(2)
+    for run in variants(cell):
+        exact = outcomes[exact_reference(run)]
+        measured += torch.tensor(distance(outcomes[run], exact)).square()
+        own = [distance(outcomes[other], exact) for other in own_references(run)]
+        allowed += torch.tensor(own).square().amax(0)
+    losses, weights = (measured / allowed).sqrt().tolist()
+    return max(losses, weights) <= RATIO, (losses, weights)
+
+
+def matrix(options: dict[str, Any]) -> list[Cell]:
+    """The cells of a command."""
+    axes = (options[key] for key in ("modules", "strategies", "precisions", "recompute", "micro"))
+    return [Cell(*values) for values in product(*axes)]
+
+
+def read_value(text: str) -> str | int | None:
+    """Read one of several values of a key."""
+    return None if text == "null" else int(text) if text.isdigit() else text
+
+
+def main() -> None:
+    """Run the matrix and print it."""
+    options: dict[str, Any] = {
+        "ranks": 2,
+        "backend": "nccl" if torch.cuda.is_available() else "gloo",
+        "modules": ["gpt", "two_networks"],
+        "strategies": list(STRATEGIES),
+        "precisions": ["fp32", "bf16"],
+        "recompute": ["none", "full"],
+        "micro": [None, 2],
+    }
+    lists = ("modules", "strategies", "precisions", "recompute", "micro")
+    given = OmegaConf.to_container(OmegaConf.from_dotlist(sys.argv[1:]))
+    assert isinstance(given, dict)
+    for key, value in given.items():
+        if key not in options:
+            sys.exit(f"{key}={value} -> no such key -> use one of {', '.join(options)}")
+        values = [read_value(text) for text in str(value).split(",")]
+        options[str(key)] = values if key in lists else value
+    accelerator = {"nccl": "cuda", "gloo": "cpu"}[options["backend"]]
+    cells, started = matrix(options), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        ones, runs = with_references(cells)
+        outcomes = run_cells(ones, Path(folder), 1, accelerator)
+        outcomes |= run_cells(runs, Path(folder), options["ranks"], accelerator)
+    table = Table("module", "strategy", "precision", "recompute", "micro", "losses", "weights", "")
+    failures = 0
+    for cell in cells:
+        is_equal, (losses, weights) = judge(cell, outcomes)
+        failures += not is_equal
+        kind = list(asdict(cell).values())[:5]
+        verdict = "equal" if is_equal else outcomes[cell].error or "DIFFERENT"
+        table.add_row(*map(str, kind), f"{losses:.2g}", f"{weights:.2g}", verdict)
+    Console(width=140).print(table)
+    seconds = time.perf_counter() - started
+    print("fp32: largest differences; else: distance from fp32 over one rank's own.")
+    print(f"{failures} of {len(cells)} cells differ; {options['ranks']} ranks, {seconds:.0f} s")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

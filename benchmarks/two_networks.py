@@ -1,0 +1,159 @@
+"""Two small networks with everything about a GAN that strategies stumble over.
+
+Alternating updates, R1 (a penalty on a gradient, differentiated again), clipping by part, a moving
+average of the generator, accumulation. No batch norm and no dropout, so that any number of ranks
+must give the same numbers. Its noise belongs to the data, as a function of the sample.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+NOISE, POINT, WIDTH = 4, 6, 16
+
+
+class Layer(nn.Module):
+    """A block: a linear map and a non-linearity that can be differentiated twice."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform `x` [B, inputs]."""
+        return torch.tanh(self.linear(x))
+
+
+class TwoNetworks(LightningModule):
+    """Non-saturating logistic GAN loss with R1 (Mescheder et al. 2018, arXiv 1801.04406).
+
+    Args:
+        optimizer: `lr` of both; `gradient_clip` by part is the trainer's.
+        num_micro: Micro-batches that a rank's share of the batch is cut into.
+        r1: Weight gamma / 2 of the penalty.
+        ema_decay: Per step.
+        seed: Of the initial values.
+    """
+
+    double_backward = ("discriminator",)
+
+    def __init__(
+        self, *, optimizer: dict[str, Any], num_micro: int, r1: float, ema_decay: float, seed: int
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(seed)
+        self.discriminator = nn.Sequential(
+            Layer(POINT, WIDTH), Layer(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
+        )
+        self.generator = nn.Sequential(
+            Layer(NOISE, WIDTH), Layer(WIDTH, WIDTH), nn.Linear(WIDTH, POINT)
+        )
+        self.lr, self.num_micro, self.r1, self.ema_decay = (
+            optimizer["lr"],
+            num_micro,
+            r1,
+            ema_decay,
+        )
+        for name, parameter in self.generator.named_parameters():
+            self.register_buffer(_ema_name(name), parameter.detach().clone())
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The two networks, in the order of their updates."""
+        return {"discriminator": self.discriminator, "generator": self.generator}
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers of both."""
+        return [m for m in self.modules() if isinstance(m, Layer)]
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """One for each part."""
+        return [
+            torch.optim.SGD(part.parameters(), lr=self.lr, momentum=0.9, fused=True)
+            for part in self.parts.values()
+        ]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Update the discriminator on the whole share of the batch, then the generator."""
+        losses = {}
+        for name, optimizer in zip(self.parts, self.optimizers(), strict=True):  # type: ignore
+            total = 0
+            for index, micro in enumerate(self.split(batch)):
+                with self.phase(optimizer, is_last=index == self.num_micro - 1):
+                    loss = getattr(self, f"{name}_loss")(**micro) / self.num_micro
+                    self.manual_backward(loss)
+                total = total + loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[name] = total
+        strategy: Any = self.trainer.strategy
+        for name, value in strategy.whole_parameters("generator"):
+            self.get_buffer(_ema_name(name)).lerp_(value, 1 - self.ema_decay)
+        return {"loss": losses["generator"], "train/discriminator": losses["discriminator"]}
+
+    def phase(self, optimizer: Any, *, is_last: bool) -> AbstractContextManager[None]:
+        """Freeze the other part; exchange gradients after the last micro-batch."""
+        return optimizer.toggle_model(sync_grad=is_last)
+
+    def split(self, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Cut a batch into micro-batches."""
+        chunks = {key: value.chunk(self.num_micro) for key, value in batch.items()}
+        for index in range(self.num_micro):
+            yield {key: parts[index] for key, parts in chunks.items()}
+
+    def discriminator_loss(self, points: Tensor, noise: Tensor) -> Tensor:
+        """softplus(D(G(z))) + softplus(-D(x)) + r1 |grad D(x)|^2, the penalty in fp32."""
+        with torch.no_grad():
+            fakes = self.generator(noise)
+        loss = softplus(self.discriminator(fakes)) + softplus(-self.discriminator(points))
+        points = points.detach().requires_grad_()
+        with torch.autocast(points.device.type, enabled=False):
+            dtype = next(self.discriminator.parameters()).dtype
+            scores = self.discriminator(points.to(dtype)).float()
+            (gradient,) = torch.autograd.grad(scores.sum(), points, create_graph=True)
+        return (loss.squeeze(1) + self.r1 * gradient.float().square().sum(1)).mean()
+
+    def generator_loss(self, points: Tensor, noise: Tensor) -> Tensor:
+        """softplus(-D(G(z)))."""
+        return softplus(-self.discriminator(self.generator(noise))).mean()
+
+
+class Points(LightningDataModule):
+    """Samples that are a function of their number; `batch_samples` of them a step, over all ranks.
+
+    Args:
+        plan: Of the run.
+    """
+
+    def __init__(self, *, plan: dict[str, int]):
+        super().__init__()
+        self.plan = plan
+
+    def train_dataloader(self) -> "Points":
+        """The loader is this object."""
+        return self
+
+    def __len__(self) -> int:
+        return self.plan["max_samples"] // self.plan["batch_samples"]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Yield this rank's share of each step from where the run is."""
+        trainer: Any = self.trainer
+        batch, share = self.plan["batch_samples"], self.plan["batch_samples"] // trainer.world_size
+        for step in range(trainer.global_step, len(self)):
+            generator = torch.Generator().manual_seed(step)
+            points = 1 + torch.randn(batch, POINT, generator=generator)
+            noise = torch.randn(batch, NOISE, generator=generator)
+            mine = slice(trainer.global_rank * share, (trainer.global_rank + 1) * share)
+            yield {"points": points[mine], "noise": noise[mine]}
+
+
+def _ema_name(name: str) -> str:
+    return "ema_" + name.replace(".", "_")

@@ -1,0 +1,61 @@
+"""DeepSpeed, imported for a kind of device, and its configuration with nothing left to defaults."""
+
+import copy
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def complete_config(
+    config: Mapping[str, Any], *, stage: int, clip: float | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Complete DeepSpeed's configuration by what the run decides.
+
+    Args:
+        config: Of `strategy.make.config`.
+        stage: ZeRO stage.
+        clip: Largest norm of the gradient; None for no clipping.
+        dtype: Of the model's parameters.
+
+    Raises:
+        ValueError: It asks for what is known to go wrong.
+    """
+    config = copy.deepcopy(dict(config))
+    zero = config["zero_optimization"]
+    if zero.get("round_robin_gradients"):
+        raise ValueError(
+            "strategy.make.config.zero_optimization.round_robin_gradients=true -> DeepSpeed 0.19 "
+            "then tells wrong places for its masters, and checkpoints would be scrambled -> leave "
+            "it out"
+        )
+    if stage < 3:
+        zero.pop("offload_param", None)
+    zero["stage"] = stage
+    return config | {
+        "train_micro_batch_size_per_gpu": 1,  # only products of it are used, in log lines
+        "gradient_accumulation_steps": 1,  # the boundary is set at each backward
+        "gradient_clipping": clip or 0.0,  # its default is 1
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {**config.get("fp16", {}), "enabled": dtype == torch.float16},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def import_deepspeed(device_type: str) -> Any:
+    """Import DeepSpeed for a kind of device."""
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    # An operator for inference on CPU: compiling it takes a minute and training never calls it.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # Of torch 2.13 about names that DeepSpeed 0.19 uses, at every call.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated")
+    return deepspeed
