@@ -1,7 +1,7 @@
 """Every strategy trains as one rank does: loss curves and final weights, cell by cell.
 
     python -m benchmarks.parity ranks=2 backend=gloo [modules=gpt,two_networks] [strategies=...]
-        [precisions=fp32,bf16] [recompute=none,full,selective,every_2] [micro=null,2]
+        [precisions=fp32,bf16,fp16] [recompute=none,full,selective,every_2] [micro=null,2]
 
 Each cell is a run by the launcher's own `fit`: the same configuration on one rank under
 `strategy=single` and on all ranks under the cell's strategy, SGD, no dropout, the same global
@@ -111,7 +111,7 @@ def main() -> None:
         "backend": "nccl" if torch.cuda.is_available() else "gloo",
         "modules": ["gpt", "two_networks"],
         "strategies": list(STRATEGIES),
-        "precisions": ["fp32", "bf16"],
+        "precisions": ["fp32", "bf16", "fp16"],
         "recompute": ["none", "full"],
         "micro": [None, 2],
     }
@@ -121,7 +121,8 @@ def main() -> None:
     for key, value in given.items():
         if key not in options:
             sys.exit(f"{key}={value} -> no such key -> use one of {', '.join(options)}")
-        values = [read_value(text) for text in str(value).split(",")]
+        text = "null" if value is None else str(value)
+        values = [read_value(text) for text in text.split(",")]
         options[str(key)] = values if key in lists else value
     accelerator = {"nccl": "cuda", "gloo": "cpu"}[options["backend"]]
     cells, started = matrix(options), time.perf_counter()

@@ -52,6 +52,7 @@ def load_module(run: RunDirectory, which: str, accelerator: str) -> tuple[str, A
 def on_one_device(config: DictConfig, accelerator: str) -> DictConfig:
     """A run's configuration as it is for scoring or generating."""
     config = config.copy()
+    config.strategy = {"name": "single"}
     config.trainer.accelerator, config.trainer.devices = accelerator, 1
     config.cluster.nodes = 1
     return config

@@ -15,7 +15,8 @@ def main() -> int:
     runtime.stop_by_exception()
     run = RunDirectory(Path(sys.argv[1]))
     try:
-        return fit(run, run.config)
+        with run.noting_failed_start():
+            return fit(run, run.config)
     except StoppedError:
         return runtime.PREEMPTED
     except Exception as error:

@@ -68,6 +68,16 @@ class RunDirectory:
         self.write_status("failed", reason, step=step, is_cause=True)
 
     @contextmanager
+    def noting_failed_start(self) -> Iterator[None]:
+        """Write down, as rank zero, why a run ends before there is a trainer."""
+        try:
+            yield
+        except Exception as error:
+            if os.environ.get("RANK", "0") == "0" and self.status.get("state") == "starting":
+                self.write_failure(str(error.__cause__ or error), 0)
+            raise
+
+    @contextmanager
     def status_of(self, trainer: Any) -> Iterator[Callable[[str, str], None]]:
         """Keep `status.json` true while `trainer` works; gives a function to say how it ended.
 

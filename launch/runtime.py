@@ -87,7 +87,8 @@ def explain(error: BaseException, config_name: str) -> str | None:
     """The message for an error that users can mend; None for one that deserves its traceback."""
     chain: BaseException | None = error
     while chain is not None:
-        if str(chain).count(" -> ") >= 2:
+        is_wrapped = isinstance(chain, InstantiationException) and chain.__cause__
+        if str(chain).count(" -> ") >= 2 and not is_wrapped:
             return str(chain)
         if isinstance(chain, OSError) and chain.errno in NO_ROOM:
             return f"{chain.filename or 'runs_dir'} -> {chain} -> make room, then the same command"
@@ -144,6 +145,15 @@ def quiet_libraries() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.(pytorch|fabric)\..*")
     warnings.filterwarnings("ignore", message=r".*weights_only.*", module=r"lightning.*")
+    # Of torch 2.13, about a name that torch 2.11 has no other for.
+    warnings.filterwarnings("ignore", message=r"`broadcast_buffers` is deprecated")
+
+
+def say_once(*notes: str) -> None:
+    """Print notes on rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def is_rank() -> bool:

@@ -20,7 +20,7 @@ def train(config: DictConfig) -> int:
     complete(config, num_ranks)
     if os.environ.get("RANK", "0") != "0":  # of torchrun; SameStart compares it with rank 0
         return runtime.DONE if run.is_done(config) else fit(run, config)
-    with run.lock():
+    with run.lock(), run.noting_failed_start():
         run.compare(config)
         run.go_back_to(str(config.checkpoint))
         if run.is_done(config):
@@ -34,12 +34,13 @@ def train(config: DictConfig) -> int:
 
 
 def complete(config: DictConfig, num_ranks: int) -> None:
-    """Check the configuration, prepare its data, and fill in the nodes `plan` and `data`.
+    """Check the configuration, prepare its data, fill in `plan` and `data`; touches no device.
 
-    Nothing here touches a device. Ranks that compose for themselves may all come here at once.
+    Ranks may all come here at once.
     """
     from trainers.batch_plan import plan_run
-    from trainers.compat import check, resolve_precision
+    from trainers.compat import check
+    from trainers.limits import resolve_precision
 
     check(config, num_ranks)
     config.precision = resolve_precision(config)  # written down: another machine may choose another
@@ -58,10 +59,12 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
     from trainers.build import build_trainer
     from trainers.callbacks.preemption import PreemptedError
     from trainers.checkpoint import read_manifest
+    from trainers.compat import check
 
     checkpoint = run.find_checkpoint("last")
     torch.manual_seed(config.seed)  # for modules that draw their initial values as torch does
     module = instantiate(config.module, _convert_="all")
+    runtime.say_once(*check(config, runtime.world_size(config), module))
     datamodule = instantiate(config.datamodule, _convert_="all")
     if config.init_from and checkpoint is None:
         load_initial_weights(module, config.init_from, config.runs_dir)

@@ -1,7 +1,11 @@
 """On a CUDA device: the same commands, the same losses, the same resume."""
 
+from dataclasses import replace
+
 import pytest
 
+from benchmarks.cells import STRATEGIES, Cell, run_cells
+from benchmarks.parity import judge, with_references
 from trainers.metrics import read_metrics
 
 pytestmark = pytest.mark.gpu
@@ -40,6 +44,39 @@ def test_optimizers_run_on_the_device(small_run, train, optimizer):
     rate = "module.optimizer.lr=0.01"
     run = train(*small_run, f"module.optimizer.name={optimizer}", rate, "trainer.accelerator=cuda")
     assert run.summary["val/loss"] < 3.3
+
+
+MATRIX = [
+    Cell(module, strategy, precision, micro=2)
+    for module in ("gpt", "two_networks")
+    for strategy in STRATEGIES
+    for precision in ("bf16", "fp16")
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """The matrix on one device, each strategy beside plain training there."""
+    ones, runs = with_references(MATRIX)
+    cells = list(dict.fromkeys([*ones, *runs, *(replace(c, stop_at=5) for c in MATRIX)]))
+    return run_cells(cells, tmp_path_factory.mktemp("matrix"), 1, "cuda")
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("cell", MATRIX, ids=lambda cell: cell.name)
+def test_every_strategy_trains_as_plain_training_does(cell, outcomes):
+    assert outcomes[cell].error is None
+    is_equal, found = judge(cell, outcomes)
+    assert is_equal, found
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("cell", MATRIX, ids=lambda cell: cell.name)
+def test_every_strategy_continues_on_the_device(cell, outcomes):
+    whole, continued = outcomes[cell], outcomes[replace(cell, stop_at=5)]
+    assert continued.error is None
+    assert len(continued.losses) == len(whole.losses)
+    assert continued.losses.tolist() == pytest.approx(whole.losses.tolist(), rel=1e-3)
 
 
 def test_one_rank_under_ddp_uses_nccl(small_run, train):

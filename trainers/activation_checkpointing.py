@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.checkpoint import (
-    CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
     noop_context_fn,
@@ -31,7 +30,8 @@ class ActivationCheckpointing(Callback):
 
     Modes: `none`; `full`, every block keeps its input alone; `every_<n>`, one block in n does;
     `selective`, every block keeps the results of matrix products and attention besides. Dropout is
-    the same in the recomputation as in the forward pass.
+    the same in the recomputation as in the forward pass. What `selective` keeps serves one backward
+    pass, so blocks of parts whose gradients are differentiated twice are recomputed in full.
     """
 
     def __init__(self, mode: str):
@@ -49,23 +49,18 @@ class ActivationCheckpointing(Callback):
         self._forwards: list[tuple[torch.nn.Module, Callable[..., Any]]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wrap the blocks' forward.
-
-        Raises:
-            ValueError: The module does not name its blocks.
-        """
+        """Wrap the blocks' forward."""
         if self.mode == "none" or stage != "fit":
             return
-        blocks = getattr(pl_module, "blocks", None)
-        if blocks is None:
-            raise ValueError(
-                f"activation_checkpointing={self.mode} -> {type(pl_module).__name__} has no "
-                f"`blocks` -> give it that property (docs/adding.md), or use none"
-            )
-        contexts = partial(create_selective_checkpoint_contexts, _policy)
-        context = contexts if self.mode == "selective" else noop_context_fn
+        twice = {
+            layer
+            for part in getattr(pl_module, "double_backward", ())
+            for layer in getattr(pl_module, "parts", {"model": pl_module})[part].modules()
+        }
         every = int(self.mode.removeprefix("every_")) if self.mode.startswith("every_") else 1
-        for block in list(blocks)[::every]:
+        for block in list(pl_module.blocks)[::every]:  # type: ignore[arg-type]
+            is_selective = self.mode == "selective" and block not in twice
+            context = _keeping_contexts if is_selective else noop_context_fn
             self._forwards.append((block, block.forward))
             block.forward = partial(_forward, block.forward, context)
 
@@ -91,7 +86,26 @@ def _forward(forward: Callable[..., Any], context: Any, *args: Any, **kwargs: An
     return checkpoint(forward, *args, use_reentrant=False, context_fn=context, **kwargs)
 
 
-def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if operation in KEPT_OPERATIONS:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+class _KeptOperationsOnly:
+    """Lets all other operations pass unseen.
+
+    torch 2.13 wants the same operations in the recomputation as in the forward pass, and ZeRO 3
+    gathers a block's parameters inside of either as it happens to need them.
+    """
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function not in KEPT_OPERATIONS:
+            return function(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(function, types, args, kwargs)  # type: ignore[misc]
+
+
+def _keeping_contexts() -> Any:
+    contexts = create_selective_checkpoint_contexts(list(KEPT_OPERATIONS))
+    for context in contexts:  # how they are made differs between versions of torch
+        kind = type(context)
+        context.__class__ = type(  # type: ignore[assignment]
+            kind.__name__, (_KeptOperationsOnly, kind), {}
+        )
+    return contexts

@@ -1,167 +1,288 @@
-"""Which settings can go together, checked before a device is touched. One table, one message form.
+"""Which settings can go together: rules that are checked before a device is touched.
 
-Every rule reads the composed configuration and the machine, and answers with a message
-`key=value -> why it cannot work -> what to change`, or with None.
+Each rule names the combination it is about (module, strategy, precision, optimizer) and what it
+says of it, `key=value -> why -> what to change`; its function gives the facts in that message, or
+None where a launch is no such combination. Most refuse; a few are notes of what is arranged
+differently from what was asked. What a value may be by itself is in `trainers/limits.py`.
+
+`docs/parallelism.md` has the rules as a table, which `python -m trainers.compat` prints.
 """
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
+from trainers.limits import check_values
+from trainers.strategies.deepspeed_settings import DECIDED_ELSEWHERE, UNUSABLE
 
-from trainers.activation_checkpointing import ActivationCheckpointing
-from trainers.callbacks.step_guard import ACTIONS
-
-PRECISIONS = ("fp32", "bf16", "fp16", "auto")
-ACCELERATORS = ("auto", "cpu", "cuda")
-
-Rule = Callable[[Mapping[str, Any], int], str | None]
+Facts = dict[str, Any] | None
+ZERO = "zero1, zero2, zero3, zero3_offload"
+ZERO_KEY = "strategy.make.config.zero_optimization"
+HIGHEST_TWICE = 2  # stage of ZeRO at which a gradient can be differentiated once more
 
 
-def check(config: Mapping[str, Any], world_size: int) -> None:
-    """Apply every rule.
+@dataclass(frozen=True)
+class Launch:
+    """What is to run; rules about the module do not apply before it is built."""
+
+    config: Mapping[str, Any]
+    ranks: int
+    module: Any
+
+    @property
+    def make(self) -> Mapping[str, Any]:
+        """Settings of the strategy."""
+        return self.config["strategy"].get("make") or {}
+
+    @property
+    def zero(self) -> Mapping[str, Any]:
+        """What DeepSpeed is told about ZeRO."""
+        return (self.make.get("config") or {}).get("zero_optimization") or {}
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the module's parts; one that names none is one."""
+        return list(getattr(self.module, "parts", None) or ["model"])
+
+    @property
+    def twice(self) -> list[str]:
+        """Names of the parts whose gradients are differentiated once more."""
+        return list(getattr(self.module, "double_backward", ()))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A combination of module, strategy, precision and optimizer, and what is said about it."""
+
+    message: str
+    find: Callable[[Launch], Facts]
+    is_refused: bool = True
+    module: str = "any"
+    strategy: str = "any"
+    precision: str = "any"
+    optimizer: str = "any"
+
+
+RULES: list[Rule] = []
+
+
+def rule(message: str, **columns: Any) -> Callable[[Callable[[Launch], Facts]], None]:
+    """Add the rule that a function finds the facts of."""
+
+    def add(find: Callable[[Launch], Facts]) -> None:
+        RULES.append(Rule(message, find, **columns))
+
+    return add
+
+
+def check(config: Mapping[str, Any], world_size: int, module: Any = None) -> list[str]:
+    """Check every value and every combination.
 
     Args:
         config: The composed configuration.
         world_size: Ranks that will run.
+        module: The LightningModule, once it is built.
+
+    Returns:
+        Notes on what will be arranged differently from what was asked.
 
     Raises:
-        ValueError: The first rule that is broken, in the order of `RULES`.
+        ValueError: The first value or combination that cannot be.
     """
-    for rule in RULES:
-        if message := rule(config, world_size):
+    check_values(config)
+    launch, notes = Launch(config, world_size, module), []
+    for each in RULES:
+        if (facts := each.find(launch)) is None:
+            continue
+        message = each.message.format(**facts)
+        if each.is_refused:
             raise ValueError(message)
-    ActivationCheckpointing(config["activation_checkpointing"])
+        notes.append(message)
+    return notes
 
 
-def resolve_precision(config: Mapping[str, Any]) -> str:
-    """`auto` is bf16 where the hardware multiplies it faster (CUDA, AMX, AVX-512 BF16), else fp32.
-
-    On a CUDA device without bf16 it is fp16.
-    """
-    if config["precision"] != "auto":
-        return config["precision"]
-    if _uses_cuda(config):
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
-        return "bf16"
-    return "fp32"
+def table() -> str:
+    """The rules in Markdown; `<...>` stands for what a launch fills in."""
+    rows = ["| module | strategy | precision | optimizer | | message |", "|" + "---|" * 6]
+    for each in RULES:
+        message = each.message.replace("{", "<").replace("}", ">")
+        kind = "refused" if each.is_refused else "noted"
+        cells = (each.module, each.strategy, each.precision, each.optimizer, kind, f"`{message}`")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
-def _known_precision(config: Mapping[str, Any], world_size: int) -> str | None:
-    if config["precision"] in PRECISIONS:
-        return None
-    return f"precision={config['precision']} -> unknown -> use one of {', '.join(PRECISIONS)}"
-
-
-def _known_accelerator(config: Mapping[str, Any], world_size: int) -> str | None:
-    accelerator = config["trainer"]["accelerator"]
-    if accelerator not in ACCELERATORS:
-        names = ", ".join(ACCELERATORS)
-        return f"trainer.accelerator={accelerator} -> unknown -> use one of {names}"
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        return (
-            "trainer.accelerator=cuda -> torch sees no CUDA device on this machine -> "
-            "use trainer.accelerator=auto, or look at `nvidia-smi` and the installed torch"
-        )
-    return None
-
-
-def _enough_devices(config: Mapping[str, Any], world_size: int) -> str | None:
-    devices = config["trainer"]["devices"]
-    if not isinstance(devices, int) or devices < 1:
-        return f"trainer.devices={devices} -> a number of devices per node -> use 1 or more"
-    if _uses_cuda(config) and devices > torch.cuda.device_count():
-        return (
-            f"trainer.devices={devices} -> this machine has {torch.cuda.device_count()} CUDA "
-            f"device(s) -> lower it, or use trainer.accelerator=cpu"
-        )
-    return None
-
-
-def _single_is_alone(config: Mapping[str, Any], world_size: int) -> str | None:
-    if config["strategy"]["name"] != "single" or world_size == 1:
-        return None
-    return (
-        f"strategy=single -> it drives one device and there are {world_size} ranks "
-        f"(trainer.devices x cluster.nodes) -> use strategy=ddp"
-    )
-
-
-def _fp16_has_loss_scaling(config: Mapping[str, Any], world_size: int) -> str | None:
-    if config["precision"] != "fp16" or _uses_cuda(config):
-        return None
-    return "precision=fp16 -> loss scaling needs a CUDA device -> use precision=bf16 or fp32"
-
-
-def _counts_are_positive(config: Mapping[str, Any], world_size: int) -> str | None:
-    required = {"trainer": ("val_every_steps", "log_every_steps"), "checkpoints": ("keep_last",)}
-    optional = {"checkpoints": ("every_steps", "keep_every_steps")}
-    for keys, is_optional in ((required, False), (optional, True)):
-        for node, names in keys.items():
-            for name in names:
-                value = config[node][name]
-                if is_optional and value is None:
-                    continue
-                if not isinstance(value, int) or value < 1:
-                    never = " or null for never" if is_optional else ""
-                    return f"{node}.{name}={value} -> it is a whole number -> use 1 or more{never}"
-    return None
-
-
-def _nodes_have_ranks(config: Mapping[str, Any], world_size: int) -> str | None:
-    nodes = config["cluster"]["nodes"]
-    if nodes == 1 or "RANK" in os.environ:
-        return None
-    return (
-        f"cluster.nodes={nodes} -> this command starts ranks on this machine only -> start it "
-        f"with torchrun on every node"
-    )
-
-
-def _run_has_a_name(config: Mapping[str, Any], world_size: int) -> str | None:
-    name = str(config["run"]["name"] or "")
-    if name and not set(name) & set("/\\\0") and name not in (".", ".."):
-        return None
-    return f"run.name={name} -> it names a directory in runs_dir -> use a plain name"
-
-
-def _failures_are_judged(config: Mapping[str, Any], world_size: int) -> str | None:
-    options = config["trainer"]
-    guard, spike = options["guard"], options["guard"]["spike"]
-    actions = {"guard.nonfinite": guard["nonfinite"], "guard.spike.action": spike["action"]}
-    for key, action in actions.items():
-        if action not in ACTIONS:
-            return f"trainer.{key}={action} -> unknown -> use one of {', '.join(ACTIONS)}"
-    if spike["factor"] is not None and spike["factor"] <= 1:
-        return (
-            f"trainer.guard.spike.factor={spike['factor']} -> every loss near the mean would be a "
-            f"spike -> use more than 1, or null for not watching"
-        )
-    lowest = {
-        "timeout_s": (options["timeout_s"], 1),
-        "guard.spike.memory_steps": (spike["memory_steps"], 1),
-        "guard.max_skips": (guard["max_skips"], 0),
-    }
-    for key, (value, least) in lowest.items():
-        if not isinstance(value, int | float) or value < least:
-            return f"trainer.{key}={value} -> it is a number -> use {least} or more"
-    return None
-
-
-def _uses_cuda(config: Mapping[str, Any]) -> bool:
-    return config["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available()
-
-
-RULES: tuple[Rule, ...] = (
-    _known_precision,
-    _known_accelerator,
-    _enough_devices,
-    _single_is_alone,
-    _fp16_has_loss_scaling,
-    _counts_are_positive,
-    _nodes_have_ranks,
-    _run_has_a_name,
-    _failures_are_judged,
+@rule(
+    "strategy=single -> it drives one device and there are {ranks} ranks (trainer.devices x "
+    "cluster.nodes) -> use strategy=ddp, or zero1 to zero3 or fsdp to divide the model's state",
+    strategy="single",
 )
+def _single_among_many(launch: Launch) -> Facts:
+    is_alone = launch.config["strategy"]["name"] != "single" or launch.ranks == 1
+    return None if is_alone else {"ranks": launch.ranks}
+
+
+@rule(
+    "cluster.nodes={nodes} -> this command starts ranks on this machine only -> start it with "
+    "torchrun on every node"
+)
+def _nodes_without_ranks(launch: Launch) -> Facts:
+    nodes = launch.config["cluster"]["nodes"]
+    return None if nodes == 1 or "RANK" in os.environ else {"nodes": nodes}
+
+
+@rule(
+    "strategy={strategy} precision=fp16 -> DeepSpeed scales losses of fp16 parameters only -> they "
+    "are kept in fp16 beside fp32 masters, as strategy.make.parameters=low asks for",
+    strategy=ZERO,
+    precision="fp16",
+    is_refused=False,
+)
+def _fp16_parameters(launch: Launch) -> Facts:
+    is_asked = launch.make.get("parameters") == "low" or launch.config["precision"] != "fp16"
+    is_zero = "stage" in launch.make
+    return {"strategy": launch.config["strategy"]["name"]} if is_zero and not is_asked else None
+
+
+@rule(
+    "strategy.make.shard_size={size} -> {ranks} rank(s) do not divide into groups of that size -> "
+    "use a divisor, or null for one group",
+    strategy="fsdp",
+)
+def _uneven_groups(launch: Launch) -> Facts:
+    size = launch.make.get("shard_size")
+    is_even = size is None or (isinstance(size, int) and size > 0 and launch.ranks % size == 0)
+    return None if is_even else {"size": size, "ranks": launch.ranks}
+
+
+@rule(
+    "strategy.make.config.{key} -> the run decides that for DeepSpeed -> leave it out and use "
+    "{ours}",
+    strategy=ZERO,
+)
+def _deepspeed_key_of_ours(launch: Launch) -> Facts:
+    given = {
+        *(launch.make.get("config") or ()),
+        *(f"zero_optimization.{key}" for key in launch.zero),
+    }
+    keys = [key for key in DECIDED_ELSEWHERE if key in given]
+    return {"key": keys[0], "ours": DECIDED_ELSEWHERE[keys[0]]} if keys else None
+
+
+@rule(f"{ZERO_KEY}.{{key}} -> {{why}} -> leave it out", strategy=ZERO)
+def _unusable_key(launch: Launch) -> Facts:
+    keys = [key for key in UNUSABLE if launch.zero.get(key)]
+    return {"key": keys[0], "why": UNUSABLE[keys[0]]} if keys else None
+
+
+@rule(
+    f"{ZERO_KEY}.{{key}}.device=nvme -> checkpoints and Muon look for masters and state in memory "
+    "-> use device=cpu",
+    strategy=ZERO,
+    optimizer="any, muon too",
+)
+def _offload_to_disk(launch: Launch) -> Facts:
+    for key in ("offload_optimizer", "offload_param"):
+        if (launch.zero.get(key) or {}).get("device") == "nvme":
+            return {"key": key}
+    return None
+
+
+@rule(
+    f"{ZERO_KEY}.offload_param -> at stage {{stage}} every rank computes with whole parameters -> "
+    "use strategy=zero3_offload, or leave it out",
+    strategy="zero1, zero2",
+)
+def _offload_of_whole_parameters(launch: Launch) -> Facts:
+    is_whole = launch.make.get("stage", 3) < 3 and launch.zero.get("offload_param")
+    return {"stage": launch.make["stage"]} if is_whole else None
+
+
+@rule(
+    "strategy.make.part_stages.{part} -> the module has no such part -> use one of {parts}",
+    module="with `parts`",
+    strategy=ZERO,
+)
+def _stage_of_no_part(launch: Launch) -> Facts:
+    unknown = [part for part in launch.make.get("part_stages") or () if part not in launch.parts]
+    if launch.module is None or not unknown:
+        return None
+    return {"part": unknown[0], "parts": ", ".join(launch.parts)}
+
+
+@rule(
+    "strategy.make.part_stages.{part}={stage} -> its gradients are differentiated once more, when "
+    f"that stage has given its parameters back -> use {HIGHEST_TWICE} or less",
+    module="with `double_backward`",
+    strategy=ZERO,
+)
+def _stage_too_high(launch: Launch) -> Facts:
+    for part, stage in (launch.make.get("part_stages") or {}).items():
+        if part in launch.twice and stage > HIGHEST_TWICE:
+            return {"part": part, "stage": stage}
+    return None
+
+
+@rule(
+    "strategy={strategy} -> gradients of {parts} are differentiated once more, when stage 3 has "
+    f"given its parameters back -> stage {HIGHEST_TWICE} is used there",
+    module="with `double_backward`",
+    strategy="zero3, zero3_offload",
+    is_refused=False,
+)
+def _stage_lowered(launch: Launch) -> Facts:
+    parts = [part for part in launch.twice if part not in (launch.make.get("part_stages") or {})]
+    if launch.make.get("stage", 0) <= HIGHEST_TWICE or not parts:
+        return None
+    return {"strategy": launch.config["strategy"]["name"], "parts": ", ".join(parts)}
+
+
+@rule(
+    "activation_checkpointing=selective -> kept results serve one backward pass, and gradients of "
+    "{parts} are differentiated once more -> blocks there are recomputed in full",
+    module="with `double_backward`",
+    is_refused=False,
+)
+def _results_for_one_backward(launch: Launch) -> Facts:
+    is_kept = launch.config["activation_checkpointing"] == "selective" and launch.twice
+    return {"parts": ", ".join(launch.twice)} if is_kept else None
+
+
+@rule(
+    "activation_checkpointing={mode} -> {module} has no `blocks` -> give it that property "
+    "(docs/adding.md), or use none",
+    module="without `blocks`",
+)
+def _recomputation_of_nothing(launch: Launch) -> Facts:
+    mode = launch.config["activation_checkpointing"]
+    if launch.module is None or mode == "none" or hasattr(launch.module, "blocks"):
+        return None
+    return {"mode": mode, "module": type(launch.module).__name__}
+
+
+@rule(
+    "module={module} -> it has the parts {parts}, and Lightning trains only one by itself -> set "
+    "self.automatic_optimization = False and step each optimizer (docs/adding.md)",
+    module="with `parts`",
+)
+def _parts_left_to_lightning(launch: Launch) -> Facts:
+    if len(launch.parts) == 1 or not launch.module.automatic_optimization:
+        return None
+    return {"module": type(launch.module).__name__, "parts": ", ".join(launch.parts)}
+
+
+@rule(
+    "module.optimizer.gradient_clip of {names} -> the module's parts are {parts} -> give each a "
+    "norm or null, or one number for all",
+    module="with `parts`",
+)
+def _clip_of_other_parts(launch: Launch) -> Facts:
+    clip = launch.config["module"]["optimizer"]["gradient_clip"]
+    if launch.module is None or not isinstance(clip, Mapping) or {*clip} == {*launch.parts}:
+        return None
+    return {"names": ", ".join(clip), "parts": ", ".join(launch.parts)}
+
+
+if __name__ == "__main__":
+    print(table())

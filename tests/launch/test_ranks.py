@@ -1,14 +1,18 @@
 """Several ranks on gloo: the same losses as one, and the same resume. Each start costs seconds."""
 
+import contextlib
 import gc
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
+from hydra.errors import InstantiationException
 
+import launch.train
 from launch import runtime
 from launch.run_directory import RunDirectory
 from trainers.checkpoint import read_last
@@ -119,6 +123,16 @@ def test_rank_that_fails_alone_is_the_reason(small_run, train, own_callback, cap
     assert "rank 1 " in run.status["reason"]
     assert "the second rank has had enough" in run.status["reason"]
     assert "the second rank has had enough" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("ranks", [["strategy=single"], TWO_RANKS], ids=["one rank", "two ranks"])
+def test_run_that_cannot_start_says_why_in_its_status(small_run, compose, capfd, ranks):
+    config = compose("train", [*small_run, *ranks, "module.schedule.warmup_samples=1000"])
+    with contextlib.suppress(InstantiationException):  # in this process; ranks print it
+        assert launch.train.train(config) == runtime.FAILED
+    status = RunDirectory(Path(config.runs_dir, config.run.name)).status
+    assert status["state"] == "failed"
+    assert status["reason"].startswith("module.schedule: warm-up of 1000 samples")
 
 
 def test_signal_to_every_process_and_once_more_still_saves(

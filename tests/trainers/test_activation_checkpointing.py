@@ -85,8 +85,28 @@ def test_selective_does_not_repeat_matrix_products():
     assert (counts["full"], counts["selective"]) == (4 * 3, 4 * 2)
 
 
-def test_unknown_mode_and_module_without_blocks_are_refused():
+@pytest.mark.parametrize("has_parts", [False, True])
+def test_selective_recomputes_in_full_what_is_differentiated_twice(has_parts):
+    model = Model()
+    model.double_backward = ("model",)
+    if has_parts:
+        model.parts = {"model": model.layers}
+    ActivationCheckpointing("selective").setup(None, model, "fit")
+    x = torch.randn(8, 16, requires_grad=True)
+    torch.manual_seed(2)
+    (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+
+    plain = Model()
+    torch.manual_seed(2)
+    (gradient,) = torch.autograd.grad(plain(x).sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="activation_checkpointing=every_0 -> no such mode"):
         ActivationCheckpointing("every_0")
-    with pytest.raises(ValueError, match="Linear has no `blocks`"):
-        ActivationCheckpointing("full").setup(None, nn.Linear(1, 1), "fit")

@@ -15,7 +15,7 @@ from benchmarks.parity import judge, with_references
 EQUAL = [
     *(Cell("gpt", name, micro=None if name in ("zero1", "fsdp") else 2) for name in STRATEGIES),
     *(Cell("two_networks", name, micro=2) for name in STRATEGIES),
-    Cell("two_networks", "zero3"),
+    Cell("two_networks", "zero3", recompute="selective"),
     Cell("gpt", "zero3", recompute="full"),
     Cell("gpt", "ddp", recompute="selective"),
     Cell("gpt", "zero2", recompute="selective", micro=2),
@@ -24,6 +24,8 @@ EQUAL = [
     *(Cell("masked", name, micro=2) for name in ("ddp", "zero1", "zero3", "fsdp")),
     *(Cell("gpt", name, "bf16", micro=2) for name in ("ddp", "zero1", "zero3", "fsdp")),
     Cell("two_networks", "zero2", "bf16"),
+    *(Cell("gpt", name, "fp16", micro=2) for name in ("ddp", "zero3")),
+    *(Cell("two_networks", name, "fp16", micro=2) for name in ("zero2", "fsdp")),
 ]
 # What must not pass, or the test above would show nothing.
 DIFFERENT = [

@@ -50,7 +50,7 @@ class Run:
 def test_stop_leaves_weights_as_they_were_and_names_the_step():
     run = Run("stop")
     assert run.judge(1.0, 1.0, NAN, 1.0) == [False, False, True, True]
-    message = r"nonfinite=stop -> the loss on rank 0 is not finite at step 3: .* -> lower"
+    message = r"nonfinite=stop -> the loss on rank 0 is not finite at step 3: .* -> continue"
     with pytest.raises(FloatingPointError, match=message):
         run.check()
 

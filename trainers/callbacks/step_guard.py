@@ -144,14 +144,13 @@ class StepGuard(Callback):
         else:
             what = f"the gradient{name} is not finite at step {judged.step}, while the loss is"
         if self.nonfinite == "stop" and (ranks or not (is_finite or self._scales_loss)):
-            instead = "leave such steps out by trainer.guard.nonfinite=skip"
-            raise _diverged("trainer.guard.nonfinite=stop", what, instead)
+            raise _diverged("trainer.guard.nonfinite=stop", what, "trainer.guard.nonfinite=skip")
         if jump is not None:
             loss, usual = jump
             what = f"the loss{name} at step {judged.step} is {loss:.4g}, where {usual:.4g} is usual"
             if self.spike_action == "stop":
-                instead = "leave such steps out by trainer.guard.spike.action=skip"
-                raise _diverged(f"trainer.guard.spike.factor={self.factor}", what, instead)
+                setting = f"trainer.guard.spike.factor={self.factor}"
+                raise _diverged(setting, what, "trainer.guard.spike.action=skip")
         if is_finite and jump is None:
             self.skipped_in_a_row[judged.part] = 0
             return
@@ -159,8 +158,7 @@ class StepGuard(Callback):
         self.skipped_in_a_row[judged.part] += 1
         if self.skipped_in_a_row[judged.part] > self.max_skips:
             what = f"more steps than that in a row were left out; {what}"
-            instead = "choose precision=bf16" if self._scales_loss else "allow more of them"
-            raise _diverged(f"trainer.guard.max_skips={self.max_skips}", what, instead)
+            raise _diverged(f"trainer.guard.max_skips={self.max_skips}", what, "a larger one")
 
     def row(self) -> dict[str, float]:
         """What a logged row says: the number of steps left out since the run began."""
@@ -182,8 +180,9 @@ class StepGuard(Callback):
         self._levels = dict(state_dict["levels"])
 
 
-def _diverged(setting: str, what: str, instead: str) -> FloatingPointError:
+def _diverged(setting: str, what: str, patience: str) -> FloatingPointError:
     return FloatingPointError(
-        f"{setting} -> {what}: the run diverged -> lower module.optimizer.lr, lengthen the warm-up "
-        f"or {instead}, in a run of another name"
+        f"{setting} -> {what}: the run diverged -> continue it from its last checkpoint with "
+        f"{patience}; or, under another run.name, lower module.optimizer.lr, lengthen the warm-up "
+        "or choose precision=bf16 or fp32"
     )

@@ -10,6 +10,26 @@ from typing import Any
 
 import torch
 
+DECIDED_ELSEWHERE = {
+    "train_batch_size": "batch_samples",
+    "train_micro_batch_size_per_gpu": "micro_batch",
+    "gradient_accumulation_steps": "micro_batch",
+    "gradient_clipping": "module.optimizer.gradient_clip",
+    "bf16": "precision and strategy.make.parameters",
+    "optimizer": "module.optimizer",
+    "scheduler": "module.schedule",
+    "zero_optimization.stage": "strategy and strategy.make.part_stages",
+}
+"""DeepSpeed's keys -> ours that decide them."""
+
+UNUSABLE = {
+    "round_robin_gradients": "DeepSpeed 0.19 then tells wrong places for its masters, and "
+    "checkpoints would be scrambled",
+    "zenflow": "it keeps masters and state where checkpoints do not find them",
+    "mics_shard_size": "it is an engine of its own, which was not tried",
+}
+"""Keys of `zero_optimization` -> why not."""
+
 
 def complete_config(
     config: Mapping[str, Any], *, stage: int, clip: float | None, dtype: torch.dtype
@@ -21,19 +41,10 @@ def complete_config(
         stage: ZeRO stage.
         clip: Largest norm of the gradient; None for no clipping.
         dtype: Of the model's parameters.
-
-    Raises:
-        ValueError: It asks for what is known to go wrong.
     """
     config = copy.deepcopy(dict(config))
     zero = config["zero_optimization"]
-    if zero.get("round_robin_gradients"):
-        raise ValueError(
-            "strategy.make.config.zero_optimization.round_robin_gradients=true -> DeepSpeed 0.19 "
-            "then tells wrong places for its masters, and checkpoints would be scrambled -> leave "
-            "it out"
-        )
-    if stage < 3:
+    if stage < 3:  # of a part in a model at stage 3
         zero.pop("offload_param", None)
     zero["stage"] = stage
     return config | {
@@ -56,6 +67,8 @@ def import_deepspeed(device_type: str) -> Any:
     # An operator for inference on CPU: compiling it takes a minute and training never calls it.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # It refuses fp16 on CPUs that have no instructions for it, where torch is slow and correct.
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True  # type: ignore
     # Of torch 2.13 about names that DeepSpeed 0.19 uses, at every call.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated")
     return deepspeed

@@ -18,18 +18,10 @@ Slots = list[tuple[nn.Module, str, nn.Parameter]]
 
 
 def lay_out(device_type: str, num_ranks: int, shard_size: int | None) -> DeviceMesh:
-    """Arrange ranks as copies of the model, each of `shard_size` neighbours; None: one copy.
-
-    Raises:
-        ValueError: `shard_size` does not divide the number of ranks.
-    """
+    """Arrange ranks as copies of the model, each of `shard_size` neighbours; None: one copy."""
     if shard_size is None:
         return init_device_mesh(device_type, (num_ranks,), mesh_dim_names=("shard",))
-    if shard_size < 1 or num_ranks % shard_size:
-        raise ValueError(
-            f"strategy.make.shard_size={shard_size} -> {num_ranks} rank(s) do not divide into "
-            "groups of that size -> use a divisor, or null for one group"
-        )
+    assert num_ranks % shard_size == 0, (num_ranks, shard_size)
     sizes = (num_ranks // shard_size, shard_size)
     return init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "shard"))
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trainers.strategies.deepspeed_settings import UNUSABLE
 from trainers.strategies.zero_shards import ShardedParameter, find_shards
 
 
@@ -20,14 +21,11 @@ def lay_out(engine: Any, optimizer: Optimizer) -> None:
         engine: DeepSpeed's, of stage 1, 2 or 3, after `deepspeed.initialize`.
         optimizer: The module's, with the real parameters in its groups, by a copy of which the
             engine steps.
-
-    Raises:
-        ValueError: DeepSpeed keeps masters or state where they cannot be found.
     """
     inner = engine.optimizer.optimizer
     if not hasattr(inner, "lay_out"):
         return
-    _refuse_hidden_masters(engine.optimizer)
+    assert not getattr(engine.optimizer, "round_robin_gradients", False), UNUSABLE
     shards = find_shards(engine)
     by_flat: dict[Tensor, list[ShardedParameter]] = defaultdict(list)
     for group in optimizer.param_groups:
@@ -60,23 +58,3 @@ def _ascending(stretches: list[tuple[int, int] | None]) -> tuple[tuple[int, int]
         start, end = stretch or (end, end)
         filled.append((start, end))
     return tuple(filled)
-
-
-def _refuse_hidden_masters(zero: Any) -> None:
-    if getattr(zero, "round_robin_gradients", False):
-        raise ValueError(
-            "strategy.make.config.zero_optimization.round_robin_gradients=true with "
-            "module.optimizer.name=muon -> DeepSpeed 0.19 names wrong places for its parameters "
-            "then -> leave it out, or use module.optimizer.name=adamw"
-        )
-    if getattr(zero, "swap_optimizer", False):
-        raise ValueError(
-            "strategy.make.config.zero_optimization.offload_optimizer.device=nvme with "
-            "module.optimizer.name=muon -> its state is on disk when matrices are put together, "
-            "which was not tried -> use device=cpu, or module.optimizer.name=adamw"
-        )
-    if getattr(zero, "zenflow", False):
-        raise ValueError(
-            "strategy.make.config.zero_optimization.zenflow with module.optimizer.name=muon -> "
-            "it steps on chosen columns only -> leave it out, or use module.optimizer.name=adamw"
-        )

@@ -106,9 +106,7 @@ class PartsStrategy(DDPStrategy):
         return [p for group in optimizer.param_groups for p in group["params"]]
 
     def storage_dtype(self, parameters: str) -> torch.dtype:
-        """Dtype of parameters by `strategy.make.parameters`: fp32, or the run's precision."""
-        if parameters not in ("fp32", "low"):
-            raise ValueError(f"strategy.make.parameters={parameters} -> unknown -> use fp32 or low")
+        """Dtype of parameters by `strategy.make.parameters`: `fp32`, or `low`: the precision."""
         return self.dtype if parameters == "low" else torch.float32
 
     # -- setting up -----------------------------------------------------------------------------

@@ -1,0 +1,118 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from trainers import compat
+
+TWO = SimpleNamespace(
+    parts={"discriminator": None, "generator": None},
+    double_backward=("discriminator",),
+    automatic_optimization=False,
+    blocks=[],
+)
+BARE = SimpleNamespace(automatic_optimization=True)
+NAIVE = SimpleNamespace(parts=TWO.parts, automatic_optimization=True, blocks=[])
+KEY = "+strategy.make.config"
+ZERO = "strategy.make.config.zero_optimization"
+
+# Rule -> overrides, ranks, module, and what the message must say.
+BROKEN = {
+    "_single_among_many": ([], 2, None, "2 ranks"),
+    "_nodes_without_ranks": (["strategy=ddp", "cluster.nodes=2"], 2, None, "nodes=2"),
+    "_uneven_groups": (["strategy=fsdp", "strategy.make.shard_size=3"], 4, None, "=3 -> 4 rank"),
+    "_deepspeed_key_of_ours": (
+        ["strategy=zero2", f"{KEY}.gradient_clipping=1"], 2, None, "module.optimizer.gradient_clip"
+    ),
+    "_unusable_key": (["strategy=zero2", f"+{ZERO}.zenflow.topk_ratio=1"], 2, None, ".zenflow ->"),
+    "_offload_to_disk": (
+        ["strategy=zero3_offload", f"{ZERO}.offload_optimizer.device=nvme"], 2, None, "device=cpu"
+    ),
+    "_offload_of_whole_parameters": (
+        ["strategy=zero2", f"+{ZERO}.offload_param.device=cpu"], 2, None, "at stage 2"
+    ),
+    "_stage_of_no_part": (
+        ["strategy=zero2", "+strategy.make.part_stages.critic=1"], 2, TWO, "discriminator, generat"
+    ),
+    "_stage_too_high": (
+        ["strategy=zero2", "+strategy.make.part_stages.discriminator=3"], 2, TWO, "use 2 or less"
+    ),
+    "_recomputation_of_nothing": (["activation_checkpointing=full"], 1, BARE, "no `blocks`"),
+    "_parts_left_to_lightning": ([], 1, NAIVE, "discriminator, generator"),
+    "_clip_of_other_parts": (
+        ["module.optimizer.gradient_clip={critic: 1}"], 1, TWO, "of critic -> the module's parts"
+    ),
+}  # fmt: skip
+NOTED = {
+    "_fp16_parameters": (["strategy=zero2", "precision=fp16"], 2, None, "fp16 beside fp32"),
+    "_stage_lowered": (["strategy=zero3"], 2, TWO, "gradients of discriminator"),
+    "_results_for_one_backward": (["activation_checkpointing=selective"], 1, TWO, "recomputed"),
+}
+# What is near to a combination that is refused, and is not one.
+ALLOWED = [
+    (["strategy=ddp"], 2, None),
+    (["strategy=zero2", "precision=fp16", "strategy.make.parameters=low"], 2, None),
+    (["strategy=fsdp", "strategy.make.shard_size=2"], 4, None),
+    (["strategy=zero3", "+strategy.make.part_stages.discriminator=2"], 2, TWO),
+    (["strategy=zero3", "+strategy.make.part_stages.generator=3"], 2, NAIVE.__class__(
+        parts=TWO.parts, automatic_optimization=False)),
+    (["module.optimizer.gradient_clip={discriminator: 1, generator: null}"], 1, TWO),
+    (["strategy=zero3_offload", "activation_checkpointing=full"], 2, SimpleNamespace(blocks=[])),
+    ([f"+{ZERO}.offload_param.device=cpu", "strategy=zero3"], 2, BARE),
+]  # fmt: skip
+
+
+@pytest.fixture
+def check(compose):
+    def check_overrides(overrides, ranks, module):
+        base = ["experiment=gpt_quickstart", "trainer.accelerator=cpu"]
+        return compat.check(compose("train", [*base, *overrides]), ranks, module)
+
+    return check_overrides
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_combination_is_refused_with_reason_and_remedy(check, name):
+    overrides, ranks, module, words = BROKEN[name]
+    with pytest.raises(ValueError, match=r".") as error:
+        check(overrides, ranks, module)
+    message = str(error.value)
+    assert words in message
+    assert message.count(" -> ") == 2
+    (rule,) = [rule for rule in compat.RULES if rule.find.__name__ == name]
+    assert message.endswith(rule.message.rpartition("}")[2])  # this rule's, and no other's
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_what_is_arranged_differently_is_said(check, name):
+    overrides, ranks, module, words = NOTED[name]
+    (note,) = check(overrides, ranks, module)
+    assert words in note
+
+
+@pytest.mark.parametrize(("overrides", "ranks", "module"), ALLOWED)
+def test_what_is_near_is_allowed(check, overrides, ranks, module):
+    assert check(overrides, ranks, module) == []
+
+
+def test_every_rule_is_tried():
+    names = {rule.find.__name__ for rule in compat.RULES}
+    assert names == {*BROKEN, *NOTED}
+
+
+def test_page_shows_the_table():
+    page = Path(__file__).parents[2] / "docs" / "parallelism.md"
+    assert compat.table() in page.read_text(), "run `python -m trainers.compat` and paste it"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("strategy.make.parameters=bf16", "parameters=bf16 -> unknown -> use one of fp32, low"),
+        ("+strategy.make.part_stages.generator=4", "generator=4 -> unknown -> use one of 1, 2, 3"),
+        ("trainer.guard.nonfinite=ignore", "nonfinite=ignore -> unknown -> use one of stop, skip"),
+    ],
+)
+def test_unknown_choice_is_refused(check, override, message):
+    with pytest.raises(ValueError, match=message):
+        check(["strategy=zero2", override], 2, None)

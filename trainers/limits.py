@@ -1,0 +1,127 @@
+"""What a setting may be by itself, checked before a device is touched."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from trainers.activation_checkpointing import ActivationCheckpointing
+from trainers.callbacks.step_guard import ACTIONS
+
+PRECISIONS = ("fp32", "bf16", "fp16", "auto")
+ACCELERATORS = ("auto", "cpu", "cuda")
+PARAMETERS = ("fp32", "low")
+STAGES = (1, 2, 3)
+
+Check = Callable[[Mapping[str, Any]], str | None]
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Check settings one by one.
+
+    Raises:
+        ValueError: The first that cannot be, as `key=value -> why -> what to change`.
+    """
+    for find in CHECKS:
+        if message := find(config):
+            raise ValueError(message)
+    ActivationCheckpointing(config["activation_checkpointing"])
+
+
+def resolve_precision(config: Mapping[str, Any]) -> str:
+    """`auto` is bf16 where the hardware multiplies it faster (CUDA, AMX, AVX-512 BF16), else fp32.
+
+    On a CUDA device without bf16 it is fp16.
+    """
+    if config["precision"] != "auto":
+        return config["precision"]
+    if uses_cuda(config):
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+        return "bf16"
+    return "fp32"
+
+
+def uses_cuda(config: Mapping[str, Any]) -> bool:
+    """Whether the run will be on CUDA devices."""
+    return config["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available()
+
+
+def _choices(config: Mapping[str, Any]) -> str | None:
+    make = config["strategy"].get("make") or {}
+    guard = config["trainer"]["guard"]
+    chosen = [
+        ("precision", config["precision"], PRECISIONS),
+        ("trainer.accelerator", config["trainer"]["accelerator"], ACCELERATORS),
+        ("trainer.guard.nonfinite", guard["nonfinite"], ACTIONS),
+        ("trainer.guard.spike.action", guard["spike"]["action"], ACTIONS),
+        ("strategy.make.parameters", make.get("parameters", "fp32"), PARAMETERS),
+        ("strategy.make.stage", make.get("stage", 1), STAGES),
+    ]
+    for part, stage in (make.get("part_stages") or {}).items():
+        chosen.append((f"strategy.make.part_stages.{part}", stage, STAGES))
+    for key, value, choices in chosen:
+        if value not in choices:
+            return f"{key}={value} -> unknown -> use one of {', '.join(map(str, choices))}"
+    return None
+
+
+def _devices(config: Mapping[str, Any]) -> str | None:
+    accelerator, devices = config["trainer"]["accelerator"], config["trainer"]["devices"]
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        return (
+            "trainer.accelerator=cuda -> torch sees no CUDA device on this machine -> "
+            "use trainer.accelerator=auto, or look at `nvidia-smi` and the installed torch"
+        )
+    if not isinstance(devices, int) or devices < 1:
+        return f"trainer.devices={devices} -> a number of devices per node -> use 1 or more"
+    if uses_cuda(config) and devices > torch.cuda.device_count():
+        return (
+            f"trainer.devices={devices} -> this machine has {torch.cuda.device_count()} CUDA "
+            f"device(s) -> lower it, or use trainer.accelerator=cpu"
+        )
+    return None
+
+
+def _counts(config: Mapping[str, Any]) -> str | None:
+    required = {"trainer": ("val_every_steps", "log_every_steps"), "checkpoints": ("keep_last",)}
+    optional = {"checkpoints": ("every_steps", "keep_every_steps")}
+    for keys, is_optional in ((required, False), (optional, True)):
+        for node, names in keys.items():
+            for name in names:
+                value = config[node][name]
+                if is_optional and value is None:
+                    continue
+                if not isinstance(value, int) or value < 1:
+                    never = " or null for never" if is_optional else ""
+                    return f"{node}.{name}={value} -> it is a whole number -> use 1 or more{never}"
+    return None
+
+
+def _run_name(config: Mapping[str, Any]) -> str | None:
+    name = str(config["run"]["name"] or "")
+    if name and not set(name) & set("/\\\0") and name not in (".", ".."):
+        return None
+    return f"run.name={name} -> it names a directory in runs_dir -> use a plain name"
+
+
+def _failures(config: Mapping[str, Any]) -> str | None:
+    options = config["trainer"]
+    guard, spike = options["guard"], options["guard"]["spike"]
+    if spike["factor"] is not None and spike["factor"] <= 1:
+        return (
+            f"trainer.guard.spike.factor={spike['factor']} -> every loss near the mean would be a "
+            f"spike -> use more than 1, or null for not watching"
+        )
+    lowest = {
+        "timeout_s": (options["timeout_s"], 1),
+        "guard.spike.memory_steps": (spike["memory_steps"], 1),
+        "guard.max_skips": (guard["max_skips"], 0),
+    }
+    for key, (value, least) in lowest.items():
+        if not isinstance(value, int | float) or value < least:
+            return f"trainer.{key}={value} -> it is a number -> use {least} or more"
+    return None
+
+
+CHECKS: tuple[Check, ...] = (_choices, _devices, _counts, _run_name, _failures)
