@@ -12,7 +12,9 @@ import gc
 import json
 import sys
 import tempfile
+import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,16 @@ class LiveBytes(Callback):
         """Count again."""
         if trainer.global_step != STEP:
             return
-        new = {k: n for k, n in live_storages().items() if self.before.get(k) != n}
         sizes: Any = pl_module
         parameters = sum(size.numel() for size in sizes._sizes.values())
-        result = {"bytes": sum(new.values()), "parameters": parameters}
+        # A thread of gloo may hold the buffer of the last exchange for a moment longer.
+        live = min(self._bytes_soon() for _ in range(3))
+        result = {"bytes": live, "parameters": parameters}
         (self.path / f"live-{trainer.global_rank}.json").write_text(json.dumps(result))
+
+    def _bytes_soon(self) -> int:
+        time.sleep(0.1)
+        return sum(n for k, n in live_storages().items() if self.before.get(k) != n)
 
 
 def live_storages() -> dict[int, int]:
@@ -65,8 +72,27 @@ def live_storages() -> dict[int, int]:
     return {s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}
 
 
-def measure(cells: list[Cell], folder: Path, ranks: int) -> dict[Cell, tuple[float, int]]:
-    """Bytes per parameter of each cell on its fullest rank, and the number of parameters."""
+def all_cells(strategies: Iterable[str] = STRATEGIES) -> list[Cell]:
+    """Each strategy with parameters in fp32 and, where it has the choice, low ones in bf16."""
+    return [
+        Cell("gpt", name, precision, optimizer="adamw", parameters=parameters)
+        for precision, parameters in (("fp32", "fp32"), ("bf16", "low"))
+        for name in strategies
+        if not (name == "ddp" and parameters == "low")
+    ]
+
+
+def formula(cell: Cell, ranks: int) -> float:
+    """Bytes per parameter that a cell should take on a rank."""
+    return bytes_per_parameter(cell.strategy, ranks, low=cell.parameters == "low").total
+
+
+def measure(cells: list[Cell], folder: Path, ranks: int) -> dict[Cell, float]:
+    """Bytes per parameter of each cell on its fullest rank; ranks are started once for all.
+
+    Raises:
+        RuntimeError: A run failed.
+    """
     write_text(folder)
     for cell in cells:
         config = configure(cell, folder, ranks, "cpu")
@@ -81,13 +107,14 @@ def measure(cells: list[Cell], folder: Path, ranks: int) -> dict[Cell, tuple[flo
         run.accept(config)
     (jobs := folder / f"memory-{ranks}.json").write_text(json.dumps([c.as_dict() for c in cells]))
     start_ranks([str(jobs)], ranks)
-    found = {}
-    for cell in cells:
-        files = list((folder / "runs" / cell.name).glob("live-*.json"))
-        rows = [json.loads(file.read_text()) for file in files]
-        fullest = max(rows, key=lambda row: row["bytes"])
-        found[cell] = (fullest["bytes"] / fullest["parameters"], fullest["parameters"])
-    return found
+    return {cell: _on_fullest_rank(folder / "runs" / cell.name) for cell in cells}
+
+
+def _on_fullest_rank(run: Path) -> float:
+    if (error := run / "error.txt").exists():
+        raise RuntimeError(f"{run.name} -> {error.read_text()}")
+    rows = [json.loads(file.read_text()) for file in run.glob("live-*.json")]
+    return max(row["bytes"] / row["parameters"] for row in rows)
 
 
 def main() -> None:
@@ -98,22 +125,17 @@ def main() -> None:
         "parameters": "fp32,low",
     }
     options |= dict(OmegaConf.from_dotlist(sys.argv[1:]))  # type: ignore[arg-type]
-    cells = [
-        Cell("gpt", name, "fp32" if kept == "fp32" else "bf16", optimizer="adamw", parameters=kept)
-        for kept in options["parameters"].split(",")
-        for name in options["strategies"].split(",")
-        if not (name == "ddp" and kept == "low")
-    ]
+    ranks, kept = int(options["ranks"]), options["parameters"].split(",")
+    cells = [c for c in all_cells(options["strategies"].split(",")) if c.parameters in kept]
     table = Table("strategy", "parameters", "bytes measured", "formula", "ratio")
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(cells, Path(folder), int(options["ranks"]))
-    for cell, (measured, _) in found.items():
-        low = cell.parameters == "low"
-        formula = bytes_per_parameter(cell.strategy, int(options["ranks"]), low=low).total
-        ratio = f"{measured / formula:.3f}"
-        table.add_row(cell.strategy, cell.parameters, f"{measured:.2f}", f"{formula:.2f}", ratio)
+        found = measure(cells, Path(folder), ranks)
+    for cell, measured in found.items():
+        expected = formula(cell, ranks)
+        numbers = f"{measured:.2f}", f"{expected:.2f}", f"{measured / expected:.3f}"
+        table.add_row(cell.strategy, cell.parameters, *numbers)
     Console(width=100).print(table)
-    print(f"bytes per parameter on the fullest of {options['ranks']} ranks")
+    print(f"bytes per parameter on the fullest of {ranks} ranks")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One rank of `benchmarks.cells`: trains cell after cell in one process group."""
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -129,6 +130,8 @@ def main() -> None:
     jobs = Path(sys.argv[1])
     for values in json.loads(jobs.read_text()):
         cell = Cell(**values)
+        gc.collect()
+        gc.freeze()  # what stays from cell to cell need not be looked through at each collection
         run = RunDirectory(jobs.parent / "runs" / cell.name)
         try:
             with contextlib.redirect_stdout(None):

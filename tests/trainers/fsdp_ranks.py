@@ -183,7 +183,6 @@ def case_refusals(out):
     renamed.shapes = {name: p.shape for name, p in renamed.named_parameters()}
     found = {}
     for name, module, options in [
-        ("size", OnePart(), {"shard_size": 3}),
         ("shape", odd, {}),
         ("silent", Silent(), {}),
         ("bare", Bare(), {}),

@@ -32,7 +32,7 @@ BROKEN = {
         ["strategy=zero2", f"+{ZERO}.offload_param.device=cpu"], 2, None, "at stage 2"
     ),
     "_stage_of_no_part": (
-        ["strategy=zero2", "+strategy.make.part_stages.critic=1"], 2, TWO, "discriminator, generat"
+        ["strategy=zero2", "+strategy.make.part_stages.critic=1"], 2, TWO, "use one of disc"
     ),
     "_stage_too_high": (
         ["strategy=zero2", "+strategy.make.part_stages.discriminator=3"], 2, TWO, "use 2 or less"

@@ -207,7 +207,6 @@ def test_overflow_on_one_rank_skips_the_step_on_all(out):
 
 def test_what_cannot_work_is_said(out):
     messages = found(out, "refusals")
-    assert "strategy.make.shard_size=3 -> 2 rank(s)" in messages["size"]
     assert "initial_value('network.leave.bias') has the shape [7]" in messages["shape"]
     assert "on the meta device and it does not say" in messages["silent"]
     assert "`scale` is in no network" in messages["bare"]
