@@ -20,6 +20,10 @@ from trainers.metrics import read_metrics
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp")
 STEPS = 12
+VARIANTS = {
+    "masked": "benchmarks.parity_ranks.MaskedGPT",
+    "frozen": "benchmarks.parity_ranks.FrozenGPT",
+}
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,15 @@ class Cell:
     """One run of the matrix.
 
     Attributes:
-        module: `gpt`, `masked` (GPT whose rows have few and uneven targets) or `two_networks`.
+        module: `gpt`, `masked` (GPT whose rows have few and uneven targets), `frozen` (GPT that
+            keeps its first block) or `two_networks`.
         strategy: As `strategy=`.
         precision: As `precision=`.
         recompute: As `activation_checkpointing=`.
         micro: Samples per rank and forward pass; None for all.
         control: Name of something to break (`benchmarks.parity_ranks.CONTROLS`), or None.
         stop_at: Step to stop and continue at, or None.
+        begun: Strategy up to that step, where it is another.
         optimizer: As `module.optimizer.name=`, of a GPT.
         seed: Of the run.
         parameters: As `strategy.make.parameters=`, of strategies that have it.
@@ -49,6 +55,7 @@ class Cell:
     optimizer: str = "sgd"
     seed: int = 1
     parameters: str = "fp32"
+    begun: str | None = None
 
     @property
     def name(self) -> str:
@@ -84,6 +91,7 @@ def configure(cell: Cell, folder: Path, ranks: int, accelerator: str) -> DictCon
         f"trainer.devices={ranks}",
         f"trainer.accelerator={accelerator}",
         "trainer.log_every_steps=1",
+        "trainer.timeout_s=120",
         f"trainer.val_every_steps={10 * STEPS}",
         "datamodule.val_max_samples=8",
         "checkpoints.every_steps=null",
@@ -100,8 +108,8 @@ def configure(cell: Cell, folder: Path, ranks: int, accelerator: str) -> DictCon
     ]
     with hydra.initialize_config_module("conf", version_base=None):
         config = hydra.compose("train", overrides)
-    if cell.module == "masked":
-        config.module._target_ = "benchmarks.parity_ranks.MaskedGPT"
+    if cell.module in VARIANTS:
+        config.module._target_ = VARIANTS[cell.module]
     if cell.module == "two_networks":
         _use_two_networks(config, cell)
     if "config" in config.strategy.make:  # small buffers, for the sake of the machine
@@ -111,8 +119,6 @@ def configure(cell: Cell, folder: Path, ranks: int, accelerator: str) -> DictCon
         config.strategy.make.config.zero_optimization.merge_with(small)
     if "parameters" in config.strategy.make:
         config.strategy.make.parameters = cell.parameters
-    if "timeout_s" in config.strategy.make:
-        config.strategy.make.timeout_s = 60
     complete(config, ranks)
     return config
 
@@ -121,7 +127,6 @@ def _use_two_networks(config: DictConfig, cell: Cell) -> None:
     config.module = {
         "_target_": "benchmarks.two_networks.TwoNetworks",
         "optimizer": {"lr": 0.1, "gradient_clip": {"discriminator": 0.2, "generator": 0.05}},
-        "num_micro": "${plan.grad_accum}",
         "r1": 0.5,
         "ema_decay": 0.9,
         "seed": cell.seed,
@@ -139,7 +144,7 @@ def run_cells(cells: list[Cell], folder: Path, ranks: int, accelerator: str) -> 
         run.accept(configure(cell, folder, ranks, accelerator))
     jobs = folder / f"cells-{ranks}.json"
     jobs.write_text(json.dumps([cell.as_dict() for cell in cells]))
-    start_ranks([str(jobs)], ranks)
+    start_ranks("benchmarks.parity_ranks", [str(jobs)], ranks)
     return {cell: read_outcome(folder / "runs" / cell.name) for cell in cells}
 
 
@@ -149,15 +154,19 @@ def write_text(folder: Path) -> None:
     (folder / "text.txt").write_text("".join(lines))
 
 
-def start_ranks(arguments: list[str], ranks: int) -> None:
-    """Run `benchmarks.parity_ranks` on every rank, and wait."""
+def start_ranks(program: str, arguments: list[str], ranks: int) -> None:
+    """Run a module of this project on every rank, and wait.
+
+    Raises:
+        RuntimeError: One failed.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "parity"}
     common |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    command = [sys.executable, "-m", "benchmarks.parity_ranks", *arguments]
+    command = [sys.executable, "-m", program, *arguments]
     root = Path(__file__).parent.parent
     processes = [
         subprocess.Popen(
@@ -165,7 +174,11 @@ def start_ranks(arguments: list[str], ranks: int) -> None:
         )
         for r in range(ranks)
     ]
-    codes = [process.wait() for process in processes]
+    try:
+        codes = [process.wait() for process in processes]
+    finally:  # where the wait was ended from outside
+        for process in processes:
+            process.kill()
     if any(codes):
         raise RuntimeError(f"ranks ended with codes {codes}")
 

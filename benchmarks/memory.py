@@ -106,7 +106,7 @@ def measure(cells: list[Cell], folder: Path, ranks: int) -> dict[Cell, float]:
         config.plan.max_steps = STEP + 1
         run.accept(config)
     (jobs := folder / f"memory-{ranks}.json").write_text(json.dumps([c.as_dict() for c in cells]))
-    start_ranks([str(jobs)], ranks)
+    start_ranks("benchmarks.parity_ranks", [str(jobs)], ranks)
     return {cell: _on_fullest_rank(folder / "runs" / cell.name) for cell in cells}
 
 

@@ -81,16 +81,25 @@ def judge(cell: Cell, outcomes: dict[Cell, Outcome]) -> tuple[bool, tuple[float,
         to cut the batch), both as root mean squares over seeds.
     """
     if cell.precision == "fp32":
-        found = largest_difference(outcomes[cell], outcomes[exact_reference(cell)])
-        return max(found) <= TOLERANCE, found
+        found = largest_difference(outcomes[cell], sound(outcomes, exact_reference(cell)))
+        return all(each <= TOLERANCE for each in found), found  # false of nan
     measured, allowed = torch.zeros(2), torch.zeros(2)
     for run in variants(cell):
-        exact = outcomes[exact_reference(run)]
+        exact = sound(outcomes, exact_reference(run))
         measured += torch.tensor(distance(outcomes[run], exact)).square()
-        own = [distance(outcomes[other], exact) for other in own_references(run)]
+        own = [distance(sound(outcomes, other), exact) for other in own_references(run)]
         allowed += torch.tensor(own).square().amax(0)
     losses, weights = (measured / allowed).sqrt().tolist()
-    return max(losses, weights) <= RATIO, (losses, weights)
+    return all(each <= RATIO for each in (losses, weights)), (losses, weights)
+
+
+def sound(outcomes: dict[Cell, Outcome], reference: Cell) -> Outcome:
+    """A reference, which must have trained: nothing differs from one that has not."""
+    outcome = outcomes[reference]
+    tensors = (outcome.losses, *outcome.weights.values())
+    if outcome.error or not all(tensor.isfinite().all() for tensor in tensors):
+        raise RuntimeError(f"{reference.name} -> a reference: {outcome.error or 'not finite'}")
+    return outcome
 
 
 def matrix(options: dict[str, Any]) -> list[Cell]:

@@ -7,13 +7,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from torch import Tensor
 
-from benchmarks.cells import Cell
+from benchmarks.cells import Cell, configure
 from benchmarks.two_networks import TwoNetworks
 from datamodules.batch import IGNORED, TextBatch
 from launch.run_directory import RunDirectory
@@ -34,6 +35,14 @@ def masked(batch: TextBatch) -> TextBatch:
     """Ignore targets where the row's first token says so."""
     keep = (batch["inputs"] * 7 + batch["inputs"][:, :1]) % 5 < batch["inputs"][:, :1] % 4 + 1
     return {**batch, "targets": batch["targets"].where(keep, IGNORED)}
+
+
+class FrozenGPT(GPT):
+    """A GPT that keeps its first block as it is."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.network.blocks[0].requires_grad_(False)
 
 
 class PerRankMean(MaskedGPT):
@@ -96,7 +105,7 @@ def without_reshard() -> Iterator[None]:
     """Step on gradients of parameters that FSDP2 still holds whole."""
     from trainers.strategies.fsdp import FullySharded
 
-    with mock.patch.object(FullySharded, "gather_gradients", return_value=None):
+    with mock.patch.object(FullySharded, "finish_gradients", return_value=None):
         yield
 
 
@@ -121,6 +130,11 @@ def train_cell(cell: Cell, run: RunDirectory) -> None:
         if cell.stop_at:
             shorter = config.copy()
             shorter.plan.max_steps = cell.stop_at
+            if cell.begun:
+                trainer, folder = config.trainer, run.path.parent.parent
+                begun = replace(cell, strategy=cell.begun)
+                other = configure(begun, folder, trainer.devices, trainer.accelerator)
+                shorter.strategy = other.strategy
             fit(run, shorter)
         fit(run, config)
 

@@ -13,6 +13,8 @@ import torch
 from lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ExponentialLR
 
 NOISE, POINT, WIDTH = 4, 6, 16
 
@@ -34,7 +36,6 @@ class TwoNetworks(LightningModule):
 
     Args:
         optimizer: `lr` of both; `gradient_clip` by part is the trainer's.
-        num_micro: Micro-batches that a rank's share of the batch is cut into.
         r1: Weight gamma / 2 of the penalty.
         ema_decay: Per step.
         seed: Of the initial values.
@@ -42,9 +43,7 @@ class TwoNetworks(LightningModule):
 
     double_backward = ("discriminator",)
 
-    def __init__(
-        self, *, optimizer: dict[str, Any], num_micro: int, r1: float, ema_decay: float, seed: int
-    ):
+    def __init__(self, *, optimizer: dict[str, Any], r1: float, ema_decay: float, seed: int):
         super().__init__()
         self.automatic_optimization = False
         torch.manual_seed(seed)
@@ -54,12 +53,7 @@ class TwoNetworks(LightningModule):
         self.generator = nn.Sequential(
             Layer(NOISE, WIDTH), Layer(WIDTH, WIDTH), nn.Linear(WIDTH, POINT)
         )
-        self.lr, self.num_micro, self.r1, self.ema_decay = (
-            optimizer["lr"],
-            num_micro,
-            r1,
-            ema_decay,
-        )
+        self.lr, self.r1, self.ema_decay = optimizer["lr"], r1, ema_decay
         for name, parameter in self.generator.named_parameters():
             self.register_buffer(_ema_name(name), parameter.detach().clone())
 
@@ -73,26 +67,29 @@ class TwoNetworks(LightningModule):
         """The layers of both."""
         return [m for m in self.modules() if isinstance(m, Layer)]
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """One for each part."""
-        return [
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[ExponentialLR]]:
+        """One optimizer for each part, with a schedule."""
+        optimizers: list[Optimizer] = [
             torch.optim.SGD(part.parameters(), lr=self.lr, momentum=0.9, fused=True)
             for part in self.parts.values()
         ]
+        return optimizers, [ExponentialLR(optimizer, gamma=0.95) for optimizer in optimizers]
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Update the discriminator on the whole share of the batch, then the generator."""
+    def training_step(self, batches: list[dict[str, Tensor]], index: int) -> dict[str, Tensor]:
+        """Update the discriminator on a step's micro-batches, then the generator."""
         losses = {}
         for name, optimizer in zip(self.parts, self.optimizers(), strict=True):  # type: ignore
             total = 0
-            for index, micro in enumerate(self.split(batch)):
-                with self.phase(optimizer, is_last=index == self.num_micro - 1):
-                    loss = getattr(self, f"{name}_loss")(**micro) / self.num_micro
+            for batch in batches:
+                with self.phase(optimizer, is_last=batch is batches[-1]):
+                    loss = getattr(self, f"{name}_loss")(**batch) / len(batches)
                     self.manual_backward(loss)
                 total = total + loss.detach()
             optimizer.step()
             optimizer.zero_grad()
             losses[name] = total
+        for schedule in self.lr_schedulers():  # type: ignore
+            schedule.step()
         strategy: Any = self.trainer.strategy
         for name, value in strategy.whole_parameters("generator"):
             self.get_buffer(_ema_name(name)).lerp_(value, 1 - self.ema_decay)
@@ -101,12 +98,6 @@ class TwoNetworks(LightningModule):
     def phase(self, optimizer: Any, *, is_last: bool) -> AbstractContextManager[None]:
         """Freeze the other part; exchange gradients after the last micro-batch."""
         return optimizer.toggle_model(sync_grad=is_last)
-
-    def split(self, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """Cut a batch into micro-batches."""
-        chunks = {key: value.chunk(self.num_micro) for key, value in batch.items()}
-        for index in range(self.num_micro):
-            yield {key: parts[index] for key, parts in chunks.items()}
 
     def discriminator_loss(self, points: Tensor, noise: Tensor) -> Tensor:
         """softplus(D(G(z))) + softplus(-D(x)) + r1 |grad D(x)|^2, the penalty in fp32."""
@@ -134,25 +125,26 @@ class Points(LightningDataModule):
 
     def __init__(self, *, plan: dict[str, int]):
         super().__init__()
-        self.plan = plan
+        self.plan, self.num_steps = plan, plan["max_samples"] // plan["batch_samples"]
 
     def train_dataloader(self) -> "Points":
         """The loader is this object."""
         return self
 
     def __len__(self) -> int:
-        return self.plan["max_samples"] // self.plan["batch_samples"]
+        return self.num_steps * self.plan["grad_accum"]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Yield this rank's share of each step from where the run is."""
+        """Yield this rank's micro-batches of each step from where the run is."""
         trainer: Any = self.trainer
         batch, share = self.plan["batch_samples"], self.plan["batch_samples"] // trainer.world_size
-        for step in range(trainer.global_step, len(self)):
+        for step in range(trainer.global_step, self.num_steps):
             generator = torch.Generator().manual_seed(step)
             points = 1 + torch.randn(batch, POINT, generator=generator)
             noise = torch.randn(batch, NOISE, generator=generator)
             mine = slice(trainer.global_rank * share, (trainer.global_rank + 1) * share)
-            yield {"points": points[mine], "noise": noise[mine]}
+            for micro in torch.arange(batch)[mine].split(self.plan["micro_batch"]):
+                yield {"points": points[micro], "noise": noise[micro]}
 
 
 def _ema_name(name: str) -> str:

@@ -56,6 +56,7 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
     runtime.quiet_libraries()
     import torch
 
+    from trainers.batch_plan import give_whole_steps
     from trainers.build import build_trainer
     from trainers.callbacks.preemption import PreemptedError
     from trainers.checkpoint import read_manifest
@@ -66,6 +67,10 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
     module = instantiate(config.module, _convert_="all")
     runtime.say_once(*check(config, runtime.world_size(config), module))
     datamodule = instantiate(config.datamodule, _convert_="all")
+    grad_accum = config.plan.grad_accum
+    if not module.automatic_optimization:  # it accumulates by itself
+        give_whole_steps(datamodule, grad_accum)
+        grad_accum = 1
     if config.init_from and checkpoint is None:
         load_initial_weights(module, config.init_from, config.runs_dir)
     trainer = build_trainer(
@@ -73,7 +78,7 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
         run.path,
         world_size=runtime.world_size(config),
         resume_step=read_manifest(checkpoint)["step"] if checkpoint else 0,
-        grad_accum=config.plan.grad_accum if module.automatic_optimization else 1,
+        grad_accum=grad_accum,
         strategy=instantiate(config.strategy, _convert_="all")["make"],
         loggers=runtime.build_loggers(config, run.path),
         callbacks=list(instantiate(config.trainer.callbacks, _convert_="all").values()),

@@ -4,8 +4,9 @@ The global batch (samples per optimizer step) is what a run chooses and never ch
 split over ranks and forward passes may change at every launch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 
@@ -94,6 +95,29 @@ def grad_accum(batch_samples: int, micro_batch: int | None, world_size: int) -> 
             f"use one of micro_batch={fitting}"
         )
     return share // micro_batch
+
+
+def give_whole_steps(datamodule: Any, num_micro: int) -> None:
+    """Let a datamodule's training loader give the micro-batches of one optimizer step as a list.
+
+    For modules with several optimizers, each of which goes through the micro-batches of a step.
+    """
+    make_loader = datamodule.train_dataloader
+    datamodule.train_dataloader = lambda: _WholeSteps(make_loader(), num_micro)
+
+
+@dataclass(frozen=True)
+class _WholeSteps:
+    loader: Any
+    num_micro: int
+
+    def __len__(self) -> int:
+        return len(self.loader) // self.num_micro
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        batches = iter(self.loader)
+        while step := list(islice(batches, self.num_micro)):
+            yield step
 
 
 def _only_one(config: Mapping[str, Any], keys: tuple[str, ...], what: str) -> tuple[str, int]:

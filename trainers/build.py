@@ -49,8 +49,8 @@ def build_trainer(
         directory: The run directory.
         world_size: Number of ranks.
         resume_step: Step of the checkpoint that the run continues from; 0 at the start.
-        grad_accum: Micro-batches per optimizer step; 1 for a module that cuts its batch itself.
-        strategy: Makes one of `trainers.strategies` from precision, device and clipping.
+        grad_accum: Micro-batches per optimizer step; 1 for a module that accumulates by itself.
+        strategy: Makes one of `trainers.strategies` from what the run decides for all of them.
         loggers: Loggers beside `metrics.jsonl`.
         callbacks: The user's own, run before ours.
         profiler: A Lightning profiler, or None.
@@ -78,6 +78,7 @@ def build_trainer(
             device_type=accelerator,
             gradient_clip=config["module"]["optimizer"]["gradient_clip"],
             guard=guard,
+            timeout_s=options["timeout_s"],
         ),
         max_epochs=1,
         max_steps=plan["max_steps"],

@@ -9,7 +9,7 @@ differently from what was asked. What a value may be by itself is in `trainers/l
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,11 @@ class Launch:
         return (self.make.get("config") or {}).get("zero_optimization") or {}
 
     @property
+    def deepspeed(self) -> dict[str, Any]:
+        """What DeepSpeed is told: `section.key` -> value, sections too."""
+        return dict(_with_sections(self.make.get("config") or {}))
+
+    @property
     def parts(self) -> list[str]:
         """Names of the module's parts; one that names none is one."""
         return list(getattr(self.module, "parts", None) or ["model"])
@@ -62,6 +67,13 @@ class Rule:
     strategy: str = "any"
     precision: str = "any"
     optimizer: str = "any"
+
+
+def _with_sections(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        yield prefix + key, value
+        if isinstance(value, Mapping):
+            yield from _with_sections(value, f"{prefix}{key}.")
 
 
 RULES: list[Rule] = []
@@ -162,17 +174,13 @@ def _uneven_groups(launch: Launch) -> Facts:
     strategy=ZERO,
 )
 def _deepspeed_key_of_ours(launch: Launch) -> Facts:
-    given = {
-        *(launch.make.get("config") or ()),
-        *(f"zero_optimization.{key}" for key in launch.zero),
-    }
-    keys = [key for key in DECIDED_ELSEWHERE if key in given]
+    keys = [key for key in DECIDED_ELSEWHERE if key in launch.deepspeed]
     return {"key": keys[0], "ours": DECIDED_ELSEWHERE[keys[0]]} if keys else None
 
 
-@rule(f"{ZERO_KEY}.{{key}} -> {{why}} -> leave it out", strategy=ZERO)
+@rule("strategy.make.config.{key} -> {why} -> leave it out", strategy=ZERO)
 def _unusable_key(launch: Launch) -> Facts:
-    keys = [key for key in UNUSABLE if launch.zero.get(key)]
+    keys = [key for key in UNUSABLE if launch.deepspeed.get(key)]
     return {"key": keys[0], "why": UNUSABLE[keys[0]]} if keys else None
 
 
@@ -278,8 +286,10 @@ def _parts_left_to_lightning(launch: Launch) -> Facts:
     module="with `parts`",
 )
 def _clip_of_other_parts(launch: Launch) -> Facts:
+    if launch.module is None:
+        return None
     clip = launch.config["module"]["optimizer"]["gradient_clip"]
-    if launch.module is None or not isinstance(clip, Mapping) or {*clip} == {*launch.parts}:
+    if not isinstance(clip, Mapping) or {*clip} == {*launch.parts}:
         return None
     return {"names": ", ".join(clip), "parts": ", ".join(launch.parts)}
 

@@ -105,6 +105,23 @@ def _run_name(config: Mapping[str, Any]) -> str | None:
     return f"run.name={name} -> it names a directory in runs_dir -> use a plain name"
 
 
+def _clip(config: Mapping[str, Any]) -> str | None:
+    optimizer = config["module"].get("optimizer")
+    if not isinstance(optimizer, Mapping) or "gradient_clip" not in optimizer:
+        return (
+            "module.optimizer.gradient_clip -> it is not there, and every run says how it clips -> "
+            "give it a number in the module's YAML, or null for no clipping"
+        )
+    clip = optimizer["gradient_clip"]
+    for norm in clip.values() if isinstance(clip, Mapping) else (clip,):
+        if norm is not None and not (isinstance(norm, int | float) and norm > 0):
+            return (
+                f"module.optimizer.gradient_clip={norm} -> it is the largest norm of a gradient -> "
+                "use a number above 0, or null for no clipping"
+            )
+    return None
+
+
 def _failures(config: Mapping[str, Any]) -> str | None:
     options = config["trainer"]
     guard, spike = options["guard"], options["guard"]["spike"]
@@ -124,4 +141,4 @@ def _failures(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-CHECKS: tuple[Check, ...] = (_choices, _devices, _counts, _run_name, _failures)
+CHECKS: tuple[Check, ...] = (_choices, _devices, _counts, _run_name, _clip, _failures)

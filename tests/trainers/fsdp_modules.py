@@ -22,7 +22,6 @@ DEFAULTS = {
     "reshard_after_forward": True,
     "cpu_offload": False,
     "exchange_every_micro_batch": True,
-    "timeout_s": 60,
 }
 
 
@@ -198,7 +197,7 @@ def batches(steps=STEPS, accum=1, rank=None):
 def fit(module, strategy=FullySharded, *, accum=1, steps=STEPS, resume=None, data=None, **options):
     """Train on this rank up to a step, perhaps from a checkpoint at half time."""
     callbacks = options.pop("callbacks", [])
-    options = {"precision": "fp32", "device_type": "cpu"} | options
+    options = {"precision": "fp32", "device_type": "cpu", "timeout_s": 60} | options
     is_alone = strategy is Single
     rank = None if is_alone else int(os.environ["RANK"])
     trainer = lightning.Trainer(

@@ -47,7 +47,7 @@ PRESETS = ["gpt2_tiny", "modern_tiny"]
 class KeepsOldWeights(FullySharded):
     """The negative control: gathered weights stay over the step."""
 
-    def gather_gradients(self, part):
+    def finish_gradients(self, part):
         pass
 
 

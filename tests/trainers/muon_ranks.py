@@ -221,8 +221,6 @@ def _run(case):
         sharding["offload_optimizer"] = {"device": "cpu"}
     if "small" in words:
         sharding["sub_group_size"] = 400  # several flat tensors of one group
-    if "robin" in words:
-        sharding["round_robin_gradients"] = True
     clip = 1.0 if "clip" in words else 0.5 if make is Linear else 0.0
     return _zero(make, sharding, "bf16" in words, clip, vetoed)
 

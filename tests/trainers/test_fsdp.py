@@ -1,14 +1,11 @@
 """FSDP2 shards on two gloo ranks against plain torch on one; one start of the ranks for all."""
 
-import os
-import socket
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
 
+from benchmarks.cells import start_ranks
 from tests.trainers.fsdp_modules import (
     RANKS,
     STEPS,
@@ -35,21 +32,7 @@ def out(tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(OnePart(**ADAMW), Single, callbacks=[SavesHalfWay(out / "single")])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.trainers.fsdp_ranks", str(out)],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
-            | {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-            | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(RANKS)
-    ]
-    assert [rank.wait(timeout=100) for rank in ranks] == [0] * RANKS
+    start_ranks("tests.trainers.fsdp_ranks", [str(out)], RANKS)
     return out
 
 

@@ -27,7 +27,7 @@ ENOUGH = {"linear": 2e-3}
 """Relative distance allowed. A network's own gradients may differ in the last bit, where DeepSpeed
 keeps weights at other addresses; bf16 makes 2^-9 of that in one entry, seldom."""
 
-REFUSED = {"fsdp_columns": "shard by rows", "zero2_round_robin": "round_robin_gradients"}
+REFUSED = {"fsdp_columns": "shard by rows"}
 CONTROLS = ["zero2_alone", "zero3_alone", "fsdp_alone"]
 """Each stretch orthogonalised by itself."""
 

@@ -22,8 +22,10 @@ EQUAL = [
     Cell("gpt", "fsdp", recompute="every_2", micro=2),
     Cell("two_networks", "fsdp", recompute="full"),
     *(Cell("masked", name, micro=2) for name in ("ddp", "zero1", "zero3", "fsdp")),
+    *(Cell("frozen", name, micro=2) for name in ("ddp", "zero1", "zero3", "fsdp")),
     *(Cell("gpt", name, "bf16", micro=2) for name in ("ddp", "zero1", "zero3", "fsdp")),
     Cell("two_networks", "zero2", "bf16"),
+    *(Cell("two_networks", name, "bf16", parameters="low") for name in ("zero1", "zero3")),
     *(Cell("gpt", name, "fp16", micro=2) for name in ("ddp", "zero3")),
     *(Cell("two_networks", name, "fp16", micro=2) for name in ("zero2", "fsdp")),
 ]
@@ -40,24 +42,35 @@ DIFFERENT = [
 RESUMED = [
     *(Cell("gpt", name, "bf16", stop_at=5, optimizer="adamw") for name in STRATEGIES),
     *(Cell("two_networks", name, stop_at=5) for name in ("zero2", "zero3", "fsdp")),
+    *(Cell("two_networks", name, "fp16", stop_at=5) for name in ("ddp", "zero1", "zero3")),
+    *(Cell("frozen", name, "bf16", stop_at=5, parameters="low") for name in ("zero1", "zero3")),
+]
+# Continued under another strategy.
+CHANGED = [
+    Cell("gpt", "zero3", stop_at=5, begun="ddp"),
+    Cell("gpt", "fsdp", stop_at=5, begun="zero1"),
+    Cell("frozen", "fsdp", stop_at=5, begun="zero3"),
+    Cell("two_networks", "zero2", stop_at=5, begun="fsdp"),
+    Cell("two_networks", "ddp", "fp16", stop_at=5, begun="zero2"),
+    Cell("two_networks", "zero3", "fp16", stop_at=5, begun="fsdp"),
 ]
 
 
 def in_one_go(cell):
-    return replace(cell, stop_at=None)
+    return replace(cell, stop_at=None, begun=None)
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """Every run, on ranks that are started once."""
     folder = tmp_path_factory.mktemp("parity")
-    ones, runs = with_references(EQUAL)
+    ones, runs = with_references([*EQUAL, *CHANGED])
     cells = [*runs, *DIFFERENT, *RESUMED, *map(in_one_go, RESUMED)]
     found = run_cells(ones, folder, 1, "cpu")
     return found | run_cells(list(dict.fromkeys(cells)), folder, 2, "cpu")
 
 
-@pytest.mark.parametrize("cell", EQUAL, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("cell", [*EQUAL, *CHANGED], ids=lambda cell: cell.name)
 def test_two_ranks_train_as_one(cell, outcomes):
     assert outcomes[cell].error is None
     is_equal, found = judge(cell, outcomes)

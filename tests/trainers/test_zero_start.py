@@ -1,13 +1,9 @@
 """ZeRO-3 starts what no rank could hold: parameters whole one at a time, the rest in shards."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 
+from benchmarks.cells import start_ranks
 from tests.trainers.fsdp_modules import RANKS, TinyGPT, fit, token_batches
 from tests.trainers.zero_start_ranks import CASES
 from trainers.strategies.replicated import Single
@@ -17,21 +13,7 @@ from trainers.strategies.replicated import Single
 def found(tmp_path_factory):
     """What each rank found, in all cases; they are started once."""
     out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.trainers.zero_start_ranks", str(out)],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
-            | {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-            | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(RANKS)
-    ]
-    assert [rank.wait(timeout=100) for rank in ranks] == [0] * RANKS
+    start_ranks("tests.trainers.zero_start_ranks", [str(out)], RANKS)
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 

@@ -91,7 +91,8 @@ class StepMetrics(Callback):
     ) -> None:
         """Take the step's learning rate, where it is logged."""
         if self._logs_step(trainer, trainer.global_step + 1):
-            self._rates[_suffix(trainer, optimizer)] = optimizer.param_groups[0]["lr"]
+            part = trainer.strategy.part_of(optimizer)  # type: ignore[attr-defined]
+            self._rates[part] = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -122,10 +123,10 @@ class StepMetrics(Callback):
             for key, (total, weight) in zip(self._sums, sums.tolist(), strict=True)
         }
         self._sums = {}
-        row |= {f"train/lr{part}": rate for part, rate in self._rates.items()}
         norms = trainer.strategy.gradient_norms  # type: ignore[attr-defined]
-        parts = zip(self._rates, norms.values(), strict=True)
-        row |= {f"train/grad_norm{part}": float(norm) for part, norm in parts}
+        for part, rate in self._rates.items():
+            suffix = f"/{part}" if len(trainer.optimizers) > 1 else ""
+            row |= {f"train/lr{suffix}": rate, f"train/grad_norm{suffix}": float(norms[part])}
         row |= self.guard.row() | self._throughput(trainer, pl_module, step)
         self.latest = row
         for logger in trainer.loggers:
@@ -154,11 +155,6 @@ class StepMetrics(Callback):
 
     def _seconds_waited(self, trainer: Trainer) -> float:
         return getattr(trainer.datamodule, "seconds_waited", 0.0)  # type: ignore[attr-defined]
-
-
-def _suffix(trainer: Trainer, optimizer: Optimizer) -> str:
-    strategy: Any = trainer.strategy
-    return f"/{strategy.part_of(optimizer)}" if len(trainer.optimizers) > 1 else ""
 
 
 def _flops_per_sample(module: Any) -> float | None:

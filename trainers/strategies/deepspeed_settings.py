@@ -19,16 +19,23 @@ DECIDED_ELSEWHERE = {
     "optimizer": "module.optimizer",
     "scheduler": "module.schedule",
     "zero_optimization.stage": "strategy and strategy.make.part_stages",
+    "fp16.enabled": "precision",
+    "torch_autocast": "precision",
+    "zero_allow_untested_optimizer": "module.optimizer",
+    "zero_force_ds_cpu_optimizer": "module.optimizer",
 }
 """DeepSpeed's keys -> ours that decide them."""
 
 UNUSABLE = {
-    "round_robin_gradients": "DeepSpeed 0.19 then tells wrong places for its masters, and "
-    "checkpoints would be scrambled",
-    "zenflow": "it keeps masters and state where checkpoints do not find them",
-    "mics_shard_size": "it is an engine of its own, which was not tried",
+    "zero_optimization.round_robin_gradients": "DeepSpeed 0.19 then tells wrong places for its "
+    "masters, and checkpoints would be scrambled",
+    "zero_optimization.zenflow": "it keeps masters and state where checkpoints do not find them",
+    "zero_optimization.offload_optimizer.super_offload": "it was not tried",
+    "zero_optimization.mics_shard_size": "it is an engine of its own, which was not tried",
+    "zero_optimization.zero_hpz_partition_size": "its second copy of the weights was not tried",
+    "fp16.fp16_master_weights_and_grads": "masters are fp32 under every strategy",
 }
-"""Keys of `zero_optimization` -> why not."""
+"""Its keys -> why not."""
 
 
 def complete_config(
@@ -72,3 +79,20 @@ def import_deepspeed(device_type: str) -> Any:
     # Of torch 2.13 about names that DeepSpeed 0.19 uses, at every call.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated")
     return deepspeed
+
+
+def read_scale(scaler: Any) -> dict[str, Any]:
+    """State of DeepSpeed's loss scaler as `torch.amp.GradScaler` could take it."""
+    if not scaler.dynamic:
+        return {"scale": scaler.cur_scale, "steady_steps": 0}
+    steady = scaler.cur_iter - scaler.last_overflow_iter - 1
+    hysteresis = {"hysteresis": scaler.cur_hysteresis}
+    return {"scale": scaler.cur_scale, "steady_steps": steady} | hysteresis
+
+
+def set_scale(scaler: Any, saved: Mapping[str, Any]) -> None:
+    """Let DeepSpeed's loss scaler go on from a state of `read_scale` or of another strategy."""
+    if scaler.dynamic:  # else the configuration says it
+        scaler.cur_scale = saved["scale"]
+        scaler.cur_iter, scaler.last_overflow_iter = saved["steady_steps"], -1
+        scaler.cur_hysteresis = saved.get("hysteresis", scaler.delayed_shift)

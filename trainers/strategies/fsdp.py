@@ -6,12 +6,11 @@ arXiv 1910.02054. FSDP2 (`torch.distributed.fsdp.fully_shard`) cuts each paramet
 of flattening several, so that shards keep names and optimizers see them as tensors (`DTensor`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.distributed import broadcast
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,16 +24,13 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from trainers.optimizer_state import named_groups
 from trainers.strategies.fsdp_shards import (
     FusedOnShards,
     Slots,
     follow,
     gather,
-    keep_shard,
-    lay_out,
-    load_sharded_state,
-    load_weights,
+    make_mesh,
+    take_shard,
 )
 from trainers.strategies.initial_values import (
     give_initial_values,
@@ -92,7 +88,9 @@ class FullySharded(PartsStrategy):
     def setup_environment(self) -> None:
         """Connect the ranks, and lay them out."""
         super().setup_environment()
-        self.mesh = lay_out(self.root_device.type, self.world_size, self.shard_size)
+        device_type = self.root_device.type
+        assert self._timeout is not None
+        self.mesh = make_mesh(device_type, self.world_size, self.shard_size, self._timeout)
 
     def _get_process_group_backend(self) -> str:
         if self.cpu_offload and self.root_device.type == "cuda":
@@ -112,7 +110,7 @@ class FullySharded(PartsStrategy):
 
     def _shard(self) -> None:
         refuse_buffers_on_meta(self.module)
-        self._reshard()
+        self.release_weights()
         on_meta = names_on_meta(self.module)
         for name, part in self.parts.items():
             self._networks[name] = list(self._roots(part))
@@ -121,7 +119,7 @@ class FullySharded(PartsStrategy):
                     self._shard_network(name, network)
         self.module._apply(self._placed)
         self.module._device = self.root_device  # what `LightningModule.to` notes
-        give_initial_values(self.module, on_meta, keep_shard)
+        give_initial_values(self.module, on_meta, lambda _, __, p, value: take_shard(p, value))
         for network in (n for networks in self._networks.values() for n in networks):
             if network not in self._slots:
                 self._finish(network)
@@ -229,62 +227,37 @@ class FullySharded(PartsStrategy):
         with FusedOnShards():
             super().step_part(part, optimizer)
 
-    def gather_gradients(self, part: str) -> None:
+    def finish_gradients(self, part: str) -> None:
         """Leave only shards: weights that stay gathered over the step would be the old ones."""
-        self._reshard()
+        self.release_weights()
 
-    def _reshard(self) -> None:
+    # -- state ----------------------------------------------------------------------------------
+
+    def release_weights(self) -> None:
+        """Leave only shards."""
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    # -- state ----------------------------------------------------------------------------------
+    def whole(self, value: Tensor) -> Tensor:
+        """As `PartsStrategy.whole`, by way of the device where shards are elsewhere."""
+        return gather(value, self.root_device)
 
-    def whole_parameters(self, part: str) -> Iterator[tuple[str, Tensor]]:
-        """As `PartsStrategy.whole_parameters`, by way of the device where shards are elsewhere."""
-        self._reshard()
-        for name, parameter in self.parts[part].named_parameters():
-            yield name, gather(parameter, self.root_device)
+    def take(self, value: Tensor, whole: Tensor) -> None:
+        """Cut out this rank's shard; nothing is sent."""
+        take_shard(value, whole)
 
-    def parameter_names(self) -> dict[nn.Parameter, str]:
-        """Name of each shard in the module's state dict."""
-        self._reshard()
-        return super().parameter_names()
+    def whole_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+        """As `PartsStrategy.whole_state`, gathered."""
+        state = super().whole_state(optimizer, parameter)
+        return {key: gather(value, self.root_device) for key, value in state.items()}
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Parameters and buffers whole on the CPU of rank 0, nothing elsewhere. Collective."""
-        self._reshard()
-        return self._gathered(self.module.state_dict())
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Cut whole tensors into this rank's shards, one at a time; see `load_weights`."""
-        self._reshard()
-        load_weights(self.module, checkpoint["state_dict"], strict)
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As `PartsStrategy.optimizer_state`, gathered one tensor at a time."""
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
-        names = self.parameter_names()
-        state = {}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if values := optimizer.state.get(parameter):
-                    state[names[parameter]] = self._gathered(values)
-        if not self.is_global_zero:
-            return {}
-        return {"state": state, "param_groups": named_groups(optimizer, names)}
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Give each optimizer its shards of the state."""
-        names = self.parameter_names()
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            load_sharded_state(optimizer, saved, names)
-
-    def _gathered(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        gathered = {}
-        for name, value in values.items():
-            value = gather(value, self.root_device)
-            if self.is_global_zero:
-                gathered[name] = value.cpu() if isinstance(value, Tensor) else value
-        return gathered
+    def take_state(
+        self, optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Any
+    ) -> None:
+        """Cut tensors of the parameter's shape as the parameter is cut; take others whole."""
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            shard = torch.empty_like(parameter, dtype=value.dtype)
+            take_shard(shard, value)
+            value = shard
+        super().take_state(optimizer, parameter, key, value)

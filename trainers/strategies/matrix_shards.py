@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trainers.strategies.deepspeed_settings import UNUSABLE
 from trainers.strategies.zero_shards import ShardedParameter, find_shards
 
 
@@ -25,7 +24,6 @@ def lay_out(engine: Any, optimizer: Optimizer) -> None:
     inner = engine.optimizer.optimizer
     if not hasattr(inner, "lay_out"):
         return
-    assert not getattr(engine.optimizer, "round_robin_gradients", False), UNUSABLE
     shards = find_shards(engine)
     by_flat: dict[Tensor, list[ShardedParameter]] = defaultdict(list)
     for group in optimizer.param_groups:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from trainers.optimizer_state import load_named_state, named_state
 from trainers.strategies.precision import Autocast, step_unless
+from trainers.whole_state import load_groups, named_groups, placed, refuse_other_weights
 
 Clip = float | None | Mapping[str, float | None]
 Guard = Callable[[str, Tensor, Tensor], Tensor | None]
@@ -50,7 +50,7 @@ class PartsStrategy(DDPStrategy):
         device_type: `cpu` or `cuda`.
         gradient_clip: Largest norm of a part's gradient, one for all or by part; None: no clipping.
         guard: Judges each step by its loss and gradient norm before it is taken.
-        timeout_s: Seconds a collective may take before its ranks give up.
+        timeout_s: Seconds that a collective may take; `LATE_S` more, and its ranks give up.
     """
 
     shards_parameters = False
@@ -193,7 +193,7 @@ class PartsStrategy(DDPStrategy):
         """Finish a part's gradients (hooks, norm, clipping), and step unless the guard objects."""
         result = closure()  # of a module with one part: forward and backward
         part = self.part_of(optimizer)
-        self.gather_gradients(part)
+        self.finish_gradients(part)
         if part in self.scalers:
             self.scalers[part].unscale_(optimizer)
         self.precision_plugin._after_closure(self.module, optimizer)
@@ -202,7 +202,7 @@ class PartsStrategy(DDPStrategy):
         self._losses.pop(part, None)
         return result
 
-    def gather_gradients(self, part: str) -> None:
+    def finish_gradients(self, part: str) -> None:
         """Bring the gradients into the form that the optimizer steps on."""
 
     def step_part(self, part: str, optimizer: Optimizer) -> None:
@@ -213,6 +213,7 @@ class PartsStrategy(DDPStrategy):
             norm = norm.full_tensor()
         if (largest := self.clip_of(part)) is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters(part), largest, norm)
+        norm = norm.to(self.root_device)  # from the host, where shards are offloaded
         self.gradient_norms[part] = norm
         veto = self.judge(part, norm)
         if part in self.scalers:  # too large a scale is found by trying; the scaler then lowers it
@@ -242,7 +243,28 @@ class PartsStrategy(DDPStrategy):
             )
         return trained[0]
 
-    # -- state ----------------------------------------------------------------------------------
+    # -- state: whole values by name, the same under every strategy -----------------------------
+
+    def release_weights(self) -> None:
+        """Give back weights that are whole for a while only."""
+
+    def whole(self, value: Tensor) -> Tensor:
+        """A parameter or buffer, whole and not rounded; collective."""
+        return value.detach()
+
+    def take(self, value: Tensor, whole: Tensor) -> None:
+        """Set a parameter or buffer, or what this rank has of it; collective."""
+        value.detach().copy_(whole)
+
+    def whole_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+        """What an optimizer remembers of a parameter, whole; collective."""
+        return optimizer.state.get(parameter, {})
+
+    def take_state(
+        self, optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Any
+    ) -> None:
+        """Let an optimizer remember one thing of a parameter; tensors are copies, and placed."""
+        optimizer.state[parameter][key] = value
 
     def whole_parameters(self, part: str) -> Iterator[tuple[str, Tensor]]:
         """Whole fp32 values of a part, one at a time, on every rank; collective.
@@ -250,36 +272,84 @@ class PartsStrategy(DDPStrategy):
         For what is a function of the weights, such as a moving average: `self.trainer.strategy` is
         the same to a module whatever shards there are.
         """
+        self.release_weights()
         for name, parameter in self.parts[part].named_parameters():
-            whole = parameter.detach()
-            yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
+            yield name, self.whole(parameter)
 
     def parameter_names(self) -> dict[nn.Parameter, str]:
         """Name of each parameter in the module's state dict."""
+        self.release_weights()
         return {parameter: name for name, parameter in self.module.named_parameters()}
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """An optimizer's whole state by parameter name, the same under every strategy.
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Parameters and buffers on the CPU of rank 0, nothing elsewhere; collective."""
+        self.release_weights()
+        own = self.module.state_dict(keep_vars=True)
+        wholes: dict[Tensor, Tensor | None] = {}  # what has two names has one value
+        for value in own.values():
+            if value not in wholes:
+                whole = self.whole(value)
+                wholes[value] = whole.cpu() if self.is_global_zero else None
+        return {n: wholes[value] for n, value in own.items()} if self.is_global_zero else {}
 
-        Collective. Ranks other than zero give an empty dictionary.
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Take parameters and buffers, one at a time.
+
+        Raises:
+            ValueError: Names (if `strict`) or shapes differ.
+        """
+        self.release_weights()
+        saved, own = checkpoint["state_dict"], self.module.state_dict(keep_vars=True)
+        refuse_other_weights(own, saved, strict)
+        for name in [name for name in own if name in saved]:
+            self.take(own[name], saved[name])
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """An optimizer's state on rank 0, nothing elsewhere; collective.
+
+        Returns:
+            `state`: parameter's name -> whole state on the CPU; `param_groups`: the groups with
+            names for parameters.
         """
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
-        return named_state(optimizer, self.parameter_names()) if self.is_global_zero else {}
+        names, state = self.parameter_names(), {}
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            values = self.whole_state(optimizer, parameter)
+            if self.is_global_zero and values:
+                state[names[parameter]] = {
+                    key: value.cpu() if isinstance(value, Tensor) else value
+                    for key, value in values.items()
+                }
+        if not self.is_global_zero:
+            return {}
+        return {"state": state, "param_groups": named_groups(optimizer, names)}
 
+    @torch.no_grad()
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give each optimizer its state back."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            load_named_state(optimizer, state, self.parameter_names())
+        names = self.parameter_names()
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            load_groups(optimizer, saved, names)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    values = saved["state"].get(names[parameter], {})
+                    for key, value in placed(values, group, parameter.device).items():
+                        self.take_state(optimizer, parameter, key, value)
 
     def loss_scale_state(self) -> dict[str, Any]:
-        """Loss scale of each part under fp16."""
-        return {part: scaler.state_dict() for part, scaler in self.scalers.items()}
+        """Loss scale of each part under fp16: `scale`, and `steady_steps` since it changed."""
+        return {
+            part: {"scale": scaler.get_scale(), "steady_steps": scaler._get_growth_tracker()}
+            for part, scaler in self.scalers.items()
+        }
 
     def load_loss_scale_state(self, state: Mapping[str, Any]) -> None:
         """Continue with the loss scales of a checkpoint."""
         for part, scaler in self.scalers.items():
-            scaler.load_state_dict(state[part])
+            steady = state[part]["steady_steps"] % scaler.get_growth_interval()
+            saved = {"scale": state[part]["scale"], "_growth_tracker": steady}
+            scaler.load_state_dict(scaler.state_dict() | saved)
 
     def teardown(self) -> None:
         """Leave parameters where they are: after a failed start some have no storage to move."""

@@ -67,7 +67,10 @@ def call_off(optimizer: Optimizer, veto: Tensor) -> None:
         if veto:
             raise StepCalledOff
         return
-    optimizer.grad_scale, optimizer.found_inf = None, veto.float()  # type: ignore[attr-defined]
+    first = next(p for group in optimizer.param_groups for p in group["params"])
+    # Waits where parameters are in the host's memory: the optimizer would look too early.
+    found_inf = veto.float().to(first.device)
+    optimizer.grad_scale, optimizer.found_inf = None, found_inf  # type: ignore[attr-defined]
     if isinstance(optimizer, torch.optim.SGD):
         _begin_momentum(optimizer)
 

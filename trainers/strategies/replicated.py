@@ -13,9 +13,6 @@ from trainers.strategies.parts import PartsStrategy
 class Single(PartsStrategy):
     """One device, one process, no process group."""
 
-    def __init__(self, **options: Any):
-        super().__init__(timeout_s=60, **options)
-
     def setup_environment(self) -> None:
         """Choose the device; there is nobody to connect to."""
         assert self.accelerator is not None

@@ -12,17 +12,21 @@ import copy
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainers.optimizer_state import load_groups, named_groups
-from trainers.strategies.deepspeed_settings import complete_config, import_deepspeed
+from trainers.strategies.deepspeed_settings import (
+    complete_config,
+    import_deepspeed,
+    read_scale,
+    set_scale,
+)
 from trainers.strategies.initial_values import give_initial_values
 from trainers.strategies.matrix_shards import lay_out
 from trainers.strategies.parts import PartsStrategy
@@ -61,7 +65,7 @@ class ZeRO(PartsStrategy):
         self.stage, self.part_stages, self.config = stage, dict(part_stages), dict(config)
         self.shards_parameters = 3 in (stage, *self.part_stages.values())
         self.engines: dict[str, Any] = {}
-        self.shards: dict[nn.Parameter, ShardedParameter] = {}
+        self.shards: dict[Tensor, ShardedParameter] = {}
         self._veto: Tensor | None = None
         self._is_judged = False
 
@@ -84,6 +88,9 @@ class ZeRO(PartsStrategy):
         deepspeed = import_deepspeed(self.root_device.type)
         os.environ["LOCAL_RANK"] = str(self.local_rank)  # where it looks for the device
         deepspeed.init_distributed(dist_backend=self.process_group_backend, verbose=False)
+        # Its groups would have torch's default, which may be shorter than a run wants.
+        backend = deepspeed.comm.comm.cdb
+        backend.new_group = partial(torch.distributed.new_group, timeout=self._timeout)
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -112,8 +119,14 @@ class ZeRO(PartsStrategy):
 
     def distribute(self) -> None:
         """Move what no engine will; remember the fp32 values that engines are about to round."""
-        if not self.shards_parameters:
-            self.model_to_device()
+        sharded = {
+            parameter
+            for name, part in self.parts.items()
+            if self.stage_of(name) == 3
+            for parameter in part.parameters()
+        }
+        self.module._apply(lambda t: t if t in sharded else t.to(self.root_device))
+        self.module._device = self.root_device  # what `LightningModule.to` notes
         self._originals = {
             name: parameter.data
             for name, parameter in self.module.named_parameters()
@@ -141,12 +154,12 @@ class ZeRO(PartsStrategy):
                 model_parameters=[p for p in part.parameters() if p.requires_grad],
                 config=self.deepspeed_config(name),
             )
+            if self.dtype == torch.float16:  # the guard says when to give up, and why
+                engine.optimizer.loss_scaler.raise_error_at_min_scale = False
             inner.register_step_pre_hook(lambda *_, part=name: self._before_inner_step(part))
             self.engines[name] = engine
             lay_out(engine, optimizer)
-            self.shards |= find_shards(engine)
-        for buffer in self.module.buffers():  # of no part
-            buffer.data = buffer.data.to(self.root_device)
+            self.shards.update(find_shards(engine))
         if self.storage != torch.float32:
             self._restore_digits()
 
@@ -205,75 +218,56 @@ class ZeRO(PartsStrategy):
 
     # -- state ----------------------------------------------------------------------------------
 
-    def whole_parameters(self, part: str) -> Iterator[tuple[str, Tensor]]:
-        """Whole fp32 values of a part, one at a time, on every rank; collective."""
-        for name, parameter in self.parts[part].named_parameters():
-            shard = self.shards.get(parameter)
-            yield name, parameter.detach() if shard is None else shard.get()
+    def whole(self, value: Tensor) -> Tensor:
+        """A master, put together; what has none (frozen, a buffer) as the model uses it."""
+        if value in self.shards:
+            return self.shards[value].get()
+        with self._gathered(value):
+            whole = value.detach().clone()
+        return whole.float() if isinstance(value, nn.Parameter) else whole
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole fp32 values on rank 0, gathered one at a time; others give an empty dictionary."""
-        state = {}
-        for name, value in self.module.state_dict(keep_vars=True).items():
-            shard = self.shards.get(value)
-            whole = value.detach() if shard is None else shard.get()
-            if self.is_global_zero:
-                state[name] = whole.to("cpu", copy=True)
-        return state
+    def take(self, value: Tensor, whole: Tensor) -> None:
+        """Set this rank's run of a master; what has none, as the model uses it."""
+        if value in self.shards:
+            self.shards[value].set(whole)
+            return
+        with self._gathered(value, modifier_rank=0):
+            value.detach().copy_(whole)
+
+    def _gathered(self, value: Tensor, **options: Any) -> AbstractContextManager[None]:
+        if not hasattr(value, "ds_id"):
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([value], **options)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take whole values into the shards, one at a time."""
-        saved = checkpoint["state_dict"]
-        own = self.module.state_dict(keep_vars=True)
-        if strict and (differing := sorted(own.keys() ^ saved.keys())):
-            raise ValueError(
-                f"checkpoint -> it has other parameters than the module ({', '.join(differing)}) "
-                "-> use the module settings it was trained with"
-            )
-        for name, value in own.items():
-            if value in self.shards:
-                self.shards[value].set(saved[name])
-            else:
-                value.data.copy_(saved[name])
+        """As `PartsStrategy.load_model_state_dict`; the model's parameters follow their masters."""
+        super().load_model_state_dict(checkpoint, strict)
         for engine in self.engines.values():
             refresh(engine)
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As `PartsStrategy.optimizer_state`, gathered one tensor at a time."""
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
-        names, state = self.parameter_names(), {}
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            shard = self.shards[parameter]
-            values = {key: shard.get(key) for key in shard.state_keys()} | shard.scalars()
-            if self.is_global_zero and values:
-                state[names[parameter]] = {
-                    key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
-                    for key, value in values.items()
-                }
-        if not self.is_global_zero:
-            return {}
-        return {"state": state, "param_groups": named_groups(optimizer, names)}
+    def whole_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+        """As `PartsStrategy.whole_state`, put together."""
+        shard = self.shards[parameter]
+        return {key: shard.get(key) for key in shard.state_keys()} | shard.scalars()
 
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Give each optimizer its state back, in shards."""
-        names = self.parameter_names()
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            load_groups(optimizer, saved, names)
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                for key, value in saved["state"].get(names[parameter], {}).items():
-                    self.shards[parameter].set_state(key, value)
+    def take_state(
+        self, optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Any
+    ) -> None:
+        """Give DeepSpeed's optimizer this rank's run."""
+        self.shards[parameter].set_state(key, value)
 
     def loss_scale_state(self) -> dict[str, Any]:
-        """State of each engine's loss scaler under fp16: numbers."""
+        """As `PartsStrategy.loss_scale_state`, and DeepSpeed's `hysteresis` left."""
         if self.dtype != torch.float16:
             return {}
-        return {part: dict(vars(e.optimizer.loss_scaler)) for part, e in self.engines.items()}
+        return {part: read_scale(e.optimizer.loss_scaler) for part, e in self.engines.items()}
 
     def load_loss_scale_state(self, state: Mapping[str, Any]) -> None:
         """Continue with the loss scales of a checkpoint."""
-        for part, values in state.items():
-            vars(self.engines[part].optimizer.loss_scaler).update(values)
+        for part, saved in state.items():
+            set_scale(self.engines[part].optimizer.loss_scaler, saved)
 
     def teardown(self) -> None:
         """Take DeepSpeed's hooks and buffers off the parts."""

@@ -5,12 +5,11 @@ every parameter into one piece per rank. Either way a rank has at most one run o
 elements, inside a flat tensor that the optimizer steps on.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class ShardedParameter:
         return holder.detach()[self.flat_start : self.flat_start + self.numel]
 
 
-def find_shards(engine: Any) -> Mapping[nn.Parameter, ShardedParameter]:
+def find_shards(engine: Any) -> dict[Tensor, ShardedParameter]:
     """Find this rank's run of every parameter that an engine trains."""
     zero = engine.optimizer
     if hasattr(zero, "fp32_partitioned_groups_flat"):
