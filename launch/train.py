@@ -44,9 +44,8 @@ def complete(config: DictConfig, num_ranks: int) -> None:
 
     check(config, num_ranks)
     config.precision = resolve_precision(config)  # written down: another machine may choose another
-    tokens_per_sample = config.datamodule.get("sequence_length", 1)
-    plan = plan_run(config, tokens_per_sample=tokens_per_sample, world_size=num_ranks)
-    config.plan = asdict(plan)
+    tokens = config.datamodule.get("sequence_length", 1)  # of a sample
+    config.plan = asdict(plan_run(config, tokens_per_sample=tokens, world_size=num_ranks))
     if "_target_" in config.corpus:
         config.data = instantiate(config.corpus).prepare(config.data_dir).facts
 
@@ -67,10 +66,6 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
     module = instantiate(config.module, _convert_="all")
     runtime.say_once(*check(config, runtime.world_size(config), module))
     datamodule = instantiate(config.datamodule, _convert_="all")
-    grad_accum = config.plan.grad_accum
-    if not module.automatic_optimization:  # it accumulates by itself
-        give_whole_steps(datamodule, grad_accum)
-        grad_accum = 1
     if config.init_from and checkpoint is None:
         load_initial_weights(module, config.init_from, config.runs_dir)
     trainer = build_trainer(
@@ -78,7 +73,7 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
         run.path,
         world_size=runtime.world_size(config),
         resume_step=read_manifest(checkpoint)["step"] if checkpoint else 0,
-        grad_accum=grad_accum,
+        grad_accum=give_whole_steps(module, datamodule, config.plan.grad_accum),
         strategy=instantiate(config.strategy, _convert_="all")["make"],
         loggers=runtime.build_loggers(config, run.path),
         callbacks=list(instantiate(config.trainer.callbacks, _convert_="all").values()),

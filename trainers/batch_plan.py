@@ -97,13 +97,19 @@ def grad_accum(batch_samples: int, micro_batch: int | None, world_size: int) -> 
     return share // micro_batch
 
 
-def give_whole_steps(datamodule: Any, num_micro: int) -> None:
-    """Let a datamodule's training loader give the micro-batches of one optimizer step as a list.
+def give_whole_steps(module: Any, datamodule: Any, num_micro: int) -> int:
+    """Let a module that optimizes manually get the micro-batches of a step as one list.
 
     For modules with several optimizers, each of which goes through the micro-batches of a step.
+
+    Returns:
+        Micro-batches that Lightning is to accumulate over: 1 for such a module, else `num_micro`.
     """
+    if module.automatic_optimization:
+        return num_micro
     make_loader = datamodule.train_dataloader
     datamodule.train_dataloader = lambda: _WholeSteps(make_loader(), num_micro)
+    return 1
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 
-from trainers.batch_plan import grad_accum, plan_run
+from trainers.batch_plan import give_whole_steps, grad_accum, plan_run
 
 NOTHING = dict.fromkeys(
     ("batch_tokens", "batch_samples", "max_tokens", "max_samples", "max_steps", "micro_batch")
@@ -58,3 +60,13 @@ def test_every_split_is_whole_or_refused():
 def test_impossible_plan_is_refused(chosen, message):
     with pytest.raises(ValueError, match=message):
         plan(**chosen)
+
+
+def test_micro_batches_of_a_step_come_as_a_list():
+    datamodule = SimpleNamespace(train_dataloader=lambda: range(6))
+    assert give_whole_steps(SimpleNamespace(automatic_optimization=True), datamodule, 2) == 2
+    assert list(datamodule.train_dataloader()) == [0, 1, 2, 3, 4, 5]
+    assert give_whole_steps(SimpleNamespace(automatic_optimization=False), datamodule, 2) == 1
+    loader = datamodule.train_dataloader()
+    assert len(loader) == 3
+    assert list(loader) == [[0, 1], [2, 3], [4, 5]]

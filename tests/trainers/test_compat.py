@@ -108,6 +108,8 @@ def test_page_shows_the_table():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("~module.optimizer", "gradient_clip -> it is not there"),
+        ("module.optimizer.gradient_clip=0", "gradient_clip=0 -> it is the largest norm"),
         ("strategy.make.parameters=bf16", "parameters=bf16 -> unknown -> use one of fp32, low"),
         ("+strategy.make.part_stages.generator=4", "generator=4 -> unknown -> use one of 1, 2, 3"),
         ("trainer.guard.nonfinite=ignore", "nonfinite=ignore -> unknown -> use one of stop, skip"),

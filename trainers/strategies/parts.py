@@ -18,16 +18,15 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import do_nothing_closure
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trainers.strategies.precision import Autocast, step_unless
-from trainers.whole_state import load_groups, named_groups, placed, refuse_other_weights
+from trainers.strategies.whole_state import WholeState
 
 Clip = float | None | Mapping[str, float | None]
 Guard = Callable[[str, Tensor, Tensor], Tensor | None]
@@ -39,7 +38,7 @@ LATE_S = 60
 for, is to speak first. NCCL would end the process without a word."""
 
 
-class PartsStrategy(DDPStrategy):
+class PartsStrategy(WholeState):
     """Base of the strategies: ranks, the contract of the parts, clipping, stepping, state.
 
     Lightning's DDPStrategy gives process groups and collectives; the model is never wrapped, so
@@ -79,17 +78,6 @@ class PartsStrategy(DDPStrategy):
         self._is_exchanged: set[str] = set()
 
     # -- the parts ------------------------------------------------------------------------------
-
-    @property
-    def module(self) -> LightningModule:
-        """The user's module."""
-        assert self.lightning_module is not None
-        return self.lightning_module
-
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """The module's networks by name."""
-        return dict(getattr(self.module, "parts", None) or {"model": self.module})
 
     def part_of(self, optimizer: Optimizer) -> str:
         """Name of the part that an optimizer drives."""
@@ -243,99 +231,7 @@ class PartsStrategy(DDPStrategy):
             )
         return trained[0]
 
-    # -- state: whole values by name, the same under every strategy -----------------------------
-
-    def release_weights(self) -> None:
-        """Give back weights that are whole for a while only."""
-
-    def whole(self, value: Tensor) -> Tensor:
-        """A parameter or buffer, whole and not rounded; collective."""
-        return value.detach()
-
-    def take(self, value: Tensor, whole: Tensor) -> None:
-        """Set a parameter or buffer, or what this rank has of it; collective."""
-        value.detach().copy_(whole)
-
-    def whole_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-        """What an optimizer remembers of a parameter, whole; collective."""
-        return optimizer.state.get(parameter, {})
-
-    def take_state(
-        self, optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Any
-    ) -> None:
-        """Let an optimizer remember one thing of a parameter; tensors are copies, and placed."""
-        optimizer.state[parameter][key] = value
-
-    def whole_parameters(self, part: str) -> Iterator[tuple[str, Tensor]]:
-        """Whole fp32 values of a part, one at a time, on every rank; collective.
-
-        For what is a function of the weights, such as a moving average: `self.trainer.strategy` is
-        the same to a module whatever shards there are.
-        """
-        self.release_weights()
-        for name, parameter in self.parts[part].named_parameters():
-            yield name, self.whole(parameter)
-
-    def parameter_names(self) -> dict[nn.Parameter, str]:
-        """Name of each parameter in the module's state dict."""
-        self.release_weights()
-        return {parameter: name for name, parameter in self.module.named_parameters()}
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Parameters and buffers on the CPU of rank 0, nothing elsewhere; collective."""
-        self.release_weights()
-        own = self.module.state_dict(keep_vars=True)
-        wholes: dict[Tensor, Tensor | None] = {}  # what has two names has one value
-        for value in own.values():
-            if value not in wholes:
-                whole = self.whole(value)
-                wholes[value] = whole.cpu() if self.is_global_zero else None
-        return {n: wholes[value] for n, value in own.items()} if self.is_global_zero else {}
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take parameters and buffers, one at a time.
-
-        Raises:
-            ValueError: Names (if `strict`) or shapes differ.
-        """
-        self.release_weights()
-        saved, own = checkpoint["state_dict"], self.module.state_dict(keep_vars=True)
-        refuse_other_weights(own, saved, strict)
-        for name in [name for name in own if name in saved]:
-            self.take(own[name], saved[name])
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """An optimizer's state on rank 0, nothing elsewhere; collective.
-
-        Returns:
-            `state`: parameter's name -> whole state on the CPU; `param_groups`: the groups with
-            names for parameters.
-        """
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
-        names, state = self.parameter_names(), {}
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            values = self.whole_state(optimizer, parameter)
-            if self.is_global_zero and values:
-                state[names[parameter]] = {
-                    key: value.cpu() if isinstance(value, Tensor) else value
-                    for key, value in values.items()
-                }
-        if not self.is_global_zero:
-            return {}
-        return {"state": state, "param_groups": named_groups(optimizer, names)}
-
-    @torch.no_grad()
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Give each optimizer its state back."""
-        names = self.parameter_names()
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            load_groups(optimizer, saved, names)
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    values = saved["state"].get(names[parameter], {})
-                    for key, value in placed(values, group, parameter.device).items():
-                        self.take_state(optimizer, parameter, key, value)
+    # -- state ----------------------------------------------------------------------------------
 
     def loss_scale_state(self) -> dict[str, Any]:
         """Loss scale of each part under fp16: `scale`, and `steady_steps` since it changed."""
