@@ -31,7 +31,7 @@ from rich.table import Table
 from webdataset.compat import WebDataset
 
 from datamodules.index import Index, read_index, write_index
-from datamodules.loader import TrainLoader
+from datamodules.loader import TrainLoader, order_of
 from datamodules.rows import TextRows
 from datamodules.write import ShardWriter
 
@@ -56,17 +56,15 @@ def write_data(folder: Path) -> tuple[Index, Path]:
                     ends = np.arange(DOCUMENT_TOKENS, CHUNK_TOKENS, DOCUMENT_TOKENS, dtype="<u4")
                     writer.write(CHUNK_TOKENS, {"tokens.npy": tokens, "ends.npy": ends})
                     file.write(tokens.tobytes())
-                facts.append(writer.finish({}))
+                facts.append(writer.finish())
     write_index(
         data,
         schema={
             "tokens.npy": {"codec": "npy", "dtype": "uint16"},
             "ends.npy": {"codec": "npy", "dtype": "uint32"},
         },
-        tokenizer="none",
-        shards=[entry.shard for entry in facts],
-        blocks=np.array([row for entry in facts for row in entry.blocks], np.uint32),
-        lengths=np.array([length for entry in facts for length in entry.lengths], np.uint32),
+        tokenizer=None,
+        shards=facts,
     )
     return read_index(data), flat
 
@@ -97,13 +95,13 @@ def nanogpt_form(flat: Path, length: int, batch: int) -> Iterator[Pair]:
 def stream(index: Index, length: int, batch: int, *, document_mask: bool) -> Iterator[Pair]:
     """Take batches of our loader, without end."""
     rows = TextRows(index, sequence_length=length, document_mask=document_mask, seed=0)
+    order = order_of(rows, seed=0, batch_samples=batch, window_mb=1024, tail="drop")
     loader = TrainLoader(
         rows,
-        seed=0,
+        order,
         batch_samples=batch,
         micro_batch=batch,
         max_samples=10**9,
-        window_mb=1024,
         num_workers=0,
         repeat_first_batch=False,
         rank=0,

@@ -40,7 +40,7 @@ from datamodules.units import (
     token_dtype,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOKENIZER_FILE, FACTS_FILE, UNITS_FOLDER = "tokenizer.json", "dataset.json", "units"
 _DIGEST_CACHE = ".source_digests.json"
 

@@ -1,23 +1,37 @@
 """The index of a data set: what its shards hold, without opening them.
 
 A data set is a folder of plain tar shards with `index.json` (schema, tokenizer, and per shard its
-url, bytes, samples, blocks and digest), `blocks.u32` (samples and bytes of every block: a run of
-whole samples that is read together), and `lengths.u32` (tokens of every sample).
+url, bytes, samples, blocks, documents and digest) and tables of uint32 beside it:
+
+    blocks.u32      samples and bytes of every block: a run of whole samples that is read together
+    lengths.u32     tokens of every sample, or its bytes where it has no tokens
+    checksums.u32   of every sample's bytes in its shard, header and padding among them
+    documents.u32   tokens of every document of a text, its end token among them
+
+Tables of samples and documents are mapped, not read, so that 10^9 samples cost no memory.
 """
 
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-INDEX_VERSION = 1
-INDEX_FILE, BLOCKS_FILE, LENGTHS_FILE = "index.json", "blocks.u32", "lengths.u32"
+INDEX_VERSION = 2
+INDEX_FILE, ORIGIN_FILE = "index.json", "origin"
+BLOCKS, LENGTHS, CHECKSUMS, DOCUMENTS = (
+    f"{name}.u32" for name in ("blocks", "lengths", "checksums", "documents")
+)
 _UINT32 = np.dtype("<u4")
+
+CHECKED_BYTES = 64 * 2**20
+"""Tables up to this size are hashed when an index is read; `launch.prepare inspect=` hashes all."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +39,11 @@ class Shard:
     """One tar of a data set.
 
     Attributes:
-        url: name of the file, relative to the index.
-        num_bytes: size of the file.
+        url: name of the file, relative to the index, or a whole url.
+        num_bytes: size of the file; 0 where it is not known (`pipe:`).
         num_samples: samples in it.
         num_blocks: rows of the block table that describe it.
+        num_documents: rows of the document table that describe it; 0 where it holds no text.
         digest: BLAKE2b of its bytes, as `digest_file` gives it.
     """
 
@@ -36,7 +51,27 @@ class Shard:
     num_bytes: int
     num_samples: int
     num_blocks: int
+    num_documents: int
     digest: str
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What an index takes over about one shard.
+
+    Attributes:
+        shard: its entry.
+        blocks: samples and bytes of each block.
+        lengths: tokens of each sample.
+        checksums: of each sample.
+        documents: tokens of each document.
+    """
+
+    shard: Shard
+    blocks: Sequence[tuple[int, int]]
+    lengths: Sequence[int]
+    checksums: Sequence[int]
+    documents: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -44,25 +79,35 @@ class Index:
     """A data set as its index tells it.
 
     Attributes:
-        path: folder of the data set.
+        path: folder of the index.
         digest: of the index, and through it of every shard and table.
-        schema: member extension -> `{"codec": ..., "dtype": ...}`.
-        tokenizer: path of the tokenizer, relative to `path`.
-        shards: in order.
+        schema: member extension -> `{"codec": ..., "dtype": ...}`; `"optional": "true"` where
+            samples may lack it.
+        tokenizer: path of the tokenizer, relative to `path`; None where there is none.
+        shards: in order; their urls are whole ones, or paths.
         blocks: uint32 [blocks, 2], samples and bytes of each block; blocks do not span shards.
         lengths: uint32 [samples], tokens of each sample.
+        checksums: uint32 [samples], `checksum` of each sample.
+        documents: uint32 [documents], tokens of each document; documents do not span shards.
     """
 
     path: Path
     digest: str
     schema: dict[str, dict[str, str]]
-    tokenizer: str
+    tokenizer: str | None
     shards: tuple[Shard, ...]
     blocks: NDArray[np.uint32]
     lengths: NDArray[np.uint32]
+    checksums: NDArray[np.uint32]
+    documents: NDArray[np.uint32]
 
 
-def digest_bytes(content: bytes) -> str:
+def checksum(content: Any) -> int:
+    """Hash a sample's bytes: the low 32 bits of XXH3 (64 bits, seed 0), at memory speed."""
+    return xxhash.xxh3_64_intdigest(content) & 0xFFFFFFFF
+
+
+def digest_bytes(content: Any) -> str:
     """Hash bytes: BLAKE2b of 16 bytes, in hexadecimal."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
@@ -84,44 +129,107 @@ def write_index(
     path: Path,
     *,
     schema: dict[str, dict[str, str]],
-    tokenizer: str,
-    shards: list[Shard],
-    blocks: NDArray[np.uint32],
-    lengths: NDArray[np.uint32],
+    tokenizer: str | None,
+    shards: Sequence[ShardFacts],
 ) -> None:
     """Write the tables and then the index of the shards in `path`; arguments as in `Index`."""
     tables = {
-        BLOCKS_FILE: blocks.astype(_UINT32).tobytes(),
-        LENGTHS_FILE: lengths.astype(_UINT32).tobytes(),
+        BLOCKS: [row for facts in shards for row in facts.blocks],
+        LENGTHS: [n for facts in shards for n in facts.lengths],
+        CHECKSUMS: [n for facts in shards for n in facts.checksums],
+        DOCUMENTS: [n for facts in shards for n in facts.documents],
     }
-    for name, content in tables.items():
-        write_atomically(path / name, content)
-    content = {
+    content = {name: np.array(rows, _UINT32).tobytes() for name, rows in tables.items()}
+    for name, table in content.items():
+        write_atomically(path / name, table)
+    index = {
         "version": INDEX_VERSION,
         "schema": schema,
         "tokenizer": tokenizer,
-        "tables": {name: digest_bytes(content) for name, content in tables.items()},
+        "tables": {name: digest_bytes(table) for name, table in content.items()},
         "shards": [
-            {
-                "url": shard.url,
-                "bytes": shard.num_bytes,
-                "samples": shard.num_samples,
-                "blocks": shard.num_blocks,
-                "digest": shard.digest,
-            }
-            for shard in shards
+            {key.removeprefix("num_"): value for key, value in asdict(facts.shard).items()}
+            for facts in shards
         ],
     }
-    write_atomically(path / INDEX_FILE, json.dumps(content, indent=1).encode() + b"\n")
+    write_atomically(path / INDEX_FILE, json.dumps(index, indent=1).encode() + b"\n")
 
 
-def read_index(path: Path) -> Index:
+def read_index(path: Path, *, allow_short: bool = False) -> Index:
     """Read a data set's index and check it against its tables and the sizes of its shards.
+
+    Shards lie beside the index, or where the file `origin` in its folder says.
+
+    Args:
+        path: folder of the index.
+        allow_short: let shards be cut short, whose missing samples are then found by reading.
 
     Raises:
         ValueError: the index is missing, of another version, or does not match a table or shard;
             the message names the file and both values.
     """
+    facts, digest = _read_facts(path)
+    origin = path / ORIGIN_FILE
+    base = origin.read_text().strip() if origin.exists() else str(path)
+    shards = tuple(
+        Shard(
+            _locate(base, entry["url"]),
+            *(entry[key] for key in ("bytes", "samples", "blocks", "documents", "digest")),
+        )
+        for entry in facts["shards"]
+    )
+    num_samples = sum(shard.num_samples for shard in shards)
+    rows = {
+        BLOCKS: 2 * sum(shard.num_blocks for shard in shards),
+        LENGTHS: num_samples,
+        CHECKSUMS: num_samples,
+        DOCUMENTS: sum(shard.num_documents for shard in shards),
+    }
+    tables = {name: _map_table(path, name, count, facts) for name, count in rows.items()}
+    for shard in shards:
+        if not is_remote(shard.url):
+            _check_size(path, shard, allow_short)
+    return Index(
+        path=path,
+        digest=digest,
+        schema=facts["schema"],
+        tokenizer=facts["tokenizer"],
+        shards=shards,
+        blocks=tables[BLOCKS].reshape(-1, 2),
+        lengths=tables[LENGTHS],
+        checksums=tables[CHECKSUMS],
+        documents=tables[DOCUMENTS],
+    )
+
+
+def join_indexes(indexes: Sequence[Index]) -> Index:
+    """Lay data sets of one schema behind each other, as if they were one."""
+    first = indexes[0]
+    return Index(
+        path=first.path,
+        digest=digest_bytes(" ".join(index.digest for index in indexes).encode()),
+        schema=first.schema,
+        tokenizer=first.tokenizer,
+        shards=tuple(shard for index in indexes for shard in index.shards),
+        blocks=np.concatenate([index.blocks for index in indexes]),
+        lengths=np.concatenate([index.lengths for index in indexes]),
+        checksums=np.concatenate([index.checksums for index in indexes]),
+        documents=np.concatenate([index.documents for index in indexes]),
+    )
+
+
+def is_remote(url: str) -> bool:
+    """Whether a shard is no local file: it has a scheme, as `s3://`, or is `pipe:`."""
+    return "://" in url or url.startswith("pipe:")
+
+
+def _locate(base: str, url: str) -> str:
+    if is_remote(url) or url.startswith("/"):
+        return url
+    return f"{base.rstrip('/')}/{url}"
+
+
+def _read_facts(path: Path) -> tuple[dict[str, Any], str]:
     try:
         content = (path / INDEX_FILE).read_bytes()
     except FileNotFoundError as err:
@@ -135,32 +243,22 @@ def read_index(path: Path) -> Index:
             f"{path / INDEX_FILE}: version={facts['version']} -> this code reads version "
             f"{INDEX_VERSION} -> delete {path.parent} and prepare the corpus again"
         )
-    shards = tuple(
-        Shard(entry["url"], entry["bytes"], entry["samples"], entry["blocks"], entry["digest"])
-        for entry in facts["shards"]
-    )
-    index = Index(
-        path=path,
-        digest=digest_bytes(content),
-        schema=facts["schema"],
-        tokenizer=facts["tokenizer"],
-        shards=shards,
-        blocks=_read_table(path, BLOCKS_FILE, facts).reshape(-1, 2),
-        lengths=_read_table(path, LENGTHS_FILE, facts),
-    )
-    for shard in shards:
-        _check_size(index, shard)
-    return index
+    return facts, digest_bytes(content)
 
 
-def _read_table(path: Path, name: str, facts: dict[str, Any]) -> NDArray[np.uint32]:
+def _map_table(path: Path, name: str, count: int, facts: dict[str, Any]) -> NDArray[np.uint32]:
     try:
-        content = (path / name).read_bytes()
+        size = (path / name).stat().st_size
     except FileNotFoundError as err:
         raise _table_error(path, name, "is missing") from err
-    if digest_bytes(content) != facts["tables"][name]:
+    if size != count * _UINT32.itemsize:
         raise _table_error(path, name, "is not the table that the index was written with")
-    return np.frombuffer(content, _UINT32)
+    if not size:
+        return np.zeros(0, _UINT32)
+    table = np.memmap(path / name, _UINT32, "r").view(np.ndarray)  # quicker to index
+    if size <= CHECKED_BYTES and digest_bytes(table.data) != facts["tables"][name]:
+        raise _table_error(path, name, "is not the table that the index was written with")
+    return table
 
 
 def _table_error(path: Path, name: str, problem: str) -> ValueError:
@@ -170,18 +268,18 @@ def _table_error(path: Path, name: str, problem: str) -> ValueError:
     )
 
 
-def _check_size(index: Index, shard: Shard) -> None:
+def _check_size(path: Path, shard: Shard, allow_short: bool) -> None:
     try:
-        found = (index.path / shard.url).stat().st_size
+        found = os.stat(shard.url).st_size
     except FileNotFoundError as err:
-        raise _mismatch(index.path, shard, "bytes", shard.num_bytes, "no such file") from err
-    if found != shard.num_bytes:
-        raise _mismatch(index.path, shard, "bytes", shard.num_bytes, found)
+        raise _mismatch(path, shard, "bytes", shard.num_bytes, "no such file") from err
+    if found > shard.num_bytes or (found < shard.num_bytes and not allow_short):
+        raise _mismatch(path, shard, "bytes", shard.num_bytes, found)
 
 
 def _mismatch(path: Path, shard: Shard, what: str, expected: object, found: object) -> ValueError:
     return ValueError(
         f"data set {path}: the index and a shard disagree, {what} in the index {expected}, found "
         f"{found} -> its samples cannot be trusted -> restore the shard, or delete {path.parent} "
-        f"and prepare the corpus again (shard {shard.url})"
+        f"and prepare the corpus again (shard {Path(shard.url).name})"
     )

@@ -15,12 +15,43 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.order import GlobalOrder, count_lanes
+from datamodules.meter import Meter
+from datamodules.order import TAILS, EpochsOrder, GlobalOrder, RunOrder, count_lanes
 from datamodules.workers import SampleSource, TrainBatches, open_batches
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 log = logging.getLogger(__name__)
+
+
+def order_of(
+    source: SampleSource, *, seed: int, batch_samples: int, window_mb: int, tail: str
+) -> EpochsOrder:
+    """Give the order of a run over one data set.
+
+    Args:
+        source: the samples.
+        seed: key of the order.
+        batch_samples: G.
+        window_mb: budget in MiB for the samples that a shuffle mixes at a time.
+        tail: what becomes of an epoch's samples behind its last whole step (`EpochsOrder`).
+
+    Raises:
+        ValueError: the tail is unknown, or to be dropped where it is all there is.
+    """
+    if tail not in TAILS:
+        raise ValueError(f"datamodule.tail={tail} -> unknown -> choose one of {', '.join(TAILS)}")
+    num_samples = int(source.samples_per_block.sum())
+    if tail == "drop" and num_samples < batch_samples:
+        raise ValueError(
+            f"batch_samples={batch_samples} -> the training split has only {num_samples} samples, "
+            "not enough for one optimizer step -> lower batch_samples (or batch_tokens), shorten "
+            "the samples, take a larger corpus, or set datamodule.tail=carry"
+        )
+    lanes = count_lanes(batch_samples)
+    window = max(1, window_mb * 2**20 // (lanes * source.sample_bytes))
+    order = GlobalOrder(source.samples_per_block, seed=seed, num_lanes=lanes, window=window)
+    return EpochsOrder(order, tail=tail, step=batch_samples)
 
 
 class TrainLoader:
@@ -31,68 +62,65 @@ class TrainLoader:
 
     Args:
         source: the samples.
-        seed: key of the order.
+        order: where the sample of each position is.
         batch_samples: G.
         micro_batch: samples per rank and forward.
         max_samples: global samples of the run, a multiple of G.
-        window_mb: budget in MiB for the samples that a shuffle mixes at a time.
         num_workers: worker processes; 0 reads in this process.
         repeat_first_batch: give the first G samples again and again, to see a model overfit.
         rank: of this process.
         world_size: number of ranks.
 
     Attributes:
+        position: global samples that have been handed over.
         seconds_waited: time spent waiting for batches since the loader was made.
 
     Raises:
-        ValueError: the batch does not divide, or the data has fewer samples than one batch.
+        ValueError: the batch does not divide.
     """
 
     def __init__(
         self,
         source: SampleSource,
+        order: RunOrder,
         *,
-        seed: int,
         batch_samples: int,
         micro_batch: int,
         max_samples: int,
-        window_mb: int,
         num_workers: int,
         repeat_first_batch: bool,
         rank: int,
         world_size: int,
     ) -> None:
-        num_samples = int(source.samples_per_block.sum())
-        _check_batch(batch_samples, micro_batch, world_size, num_samples)
-        lanes = count_lanes(batch_samples)
-        if lanes % world_size and rank == 0:
+        if batch_samples % (micro_batch * world_size):
+            raise ValueError(
+                f"batch_samples={batch_samples} -> not a multiple of micro_batch={micro_batch} x "
+                f"{world_size} ranks -> change one of the three"
+            )
+        if order.num_lanes % world_size and rank == 0:
             log.warning(
                 "batch_samples=%d gives %d lanes, not a multiple of %d ranks: the data is the "
                 "same, but blocks are read by several ranks",
-                *(batch_samples, lanes, world_size),
+                *(batch_samples, order.num_lanes, world_size),
             )
-        window = max(1, window_mb * 2**20 // (lanes * source.sample_bytes))
-        self.seconds_waited = 0.0
-        self.samples_per_epoch = num_samples // batch_samples * batch_samples
-        self.position = 0
-        self._num_workers = num_workers
+        self.seconds_waited, self.position, self._handed = 0.0, 0, 0
+        self._order, self._num_workers = order, num_workers
         self._accumulation = batch_samples // (micro_batch * world_size)
         self._length = max_samples // batch_samples * self._accumulation
-        self._handed = 0
-        order = GlobalOrder(source.samples_per_block, seed=seed, num_lanes=lanes, window=window)
+        self._meter = Meter(max(1, num_workers))
         self._batches = TrainBatches(
             source,
             order,
-            self.samples_per_epoch,
-            micro_batch,
-            batch_samples if repeat_first_batch else None,
-            rank,
-            world_size,
+            self._meter,
+            micro_batch=micro_batch,
+            repeat_after=batch_samples if repeat_first_batch else None,
+            rank=rank,
+            world_size=world_size,
         )
         self._identity = {
-            **{"version": STATE_VERSION, "seed": seed, "batch_samples": batch_samples},
-            **{"lanes": lanes, "window": window, "tail": "drop"},
-            **{"samples_per_epoch": self.samples_per_epoch, **source.identity},
+            **{"version": STATE_VERSION, "batch_samples": batch_samples},
+            **order.identity,
+            **source.identity,
         }
 
     def __len__(self) -> int:
@@ -100,9 +128,13 @@ class TrainLoader:
         return self._length
 
     @property
-    def epoch(self) -> int:
-        """Number of the pass over the data that the next sample belongs to, from 0."""
-        return self.position // self.samples_per_epoch
+    def epochs(self) -> dict[str, float]:
+        """Passes over each data set by name, with fractions, up to the next sample."""
+        return self._order.epochs(self.position)
+
+    def counters(self) -> dict[str, int]:
+        """What has been read for this rank, by whichever process; see `datamodules.meter`."""
+        return self._meter.totals()
 
     def stream_state(self) -> dict[str, Any]:
         """Describe the next sample; JSON, the same on every rank at an optimizer step's end."""
@@ -189,17 +221,3 @@ class EvaluationLoader:
             (batch,) = self._source.batches(addresses[None])
             self._source.pad(batch, num_samples)
             yield batch
-
-
-def _check_batch(batch_samples: int, micro_batch: int, world_size: int, num_samples: int) -> None:
-    if batch_samples % (micro_batch * world_size):
-        raise ValueError(
-            f"batch_samples={batch_samples} -> not a multiple of micro_batch={micro_batch} x "
-            f"{world_size} ranks -> change one of the three"
-        )
-    if num_samples < batch_samples:
-        raise ValueError(
-            f"batch_samples={batch_samples} -> the training split has only {num_samples} samples, "
-            "not enough for one optimizer step -> lower batch_samples (or batch_tokens), shorten "
-            "the samples, or take a larger corpus"
-        )

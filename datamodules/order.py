@@ -9,12 +9,17 @@ which is what makes a resume in the middle of an epoch exact and immediate.
 """
 
 from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Int64Array = NDArray[np.int64]
 UInt64Array = NDArray[np.uint64]
+
+TAILS = ("drop", "carry", "pad_mask")
+"""What becomes of the samples behind an epoch's last whole step."""
 
 MAX_LANES = 64
 """More lanes would spread every step over more blocks without serving a larger common world."""
@@ -76,8 +81,10 @@ class GlobalOrder:
         self, samples_per_block: Int64Array, *, seed: int, num_lanes: int, window: int
     ) -> None:
         self.num_samples = int(samples_per_block.sum())
+        self.num_lanes = num_lanes
+        self.identity = {"seed": seed, "lanes": num_lanes, "window": window}
         self._samples_per_block = samples_per_block
-        self._seed, self._num_lanes, self._window = seed, num_lanes, window
+        self._seed, self._window = seed, window
         self._epoch = -1
         self._blocks = self._block_ends = np.zeros(0, np.int64)
         # One window per lane is in use at a time, and two while a lane passes from one to the next.
@@ -94,9 +101,9 @@ class GlobalOrder:
             The block of each sample and the sample's number in its block, both int64 [n].
         """
         self._start_epoch(epoch)
-        lane, index = positions % self._num_lanes, positions // self._num_lanes
+        lane, index = positions % self.num_lanes, positions // self.num_lanes
         window, slot = index // self._window, index % self._window
-        group = window * self._num_lanes + lane
+        group = window * self.num_lanes + lane
         place = np.empty_like(positions)
         # Sorting brings the positions of one window together, whose permutation is then used once.
         by_group = np.argsort(group, kind="stable")
@@ -121,8 +128,8 @@ class GlobalOrder:
 
     def _lane_start(self, lane: int) -> int:
         # The first N % L lanes hold one sample more.
-        return lane * (self.num_samples // self._num_lanes) + min(
-            lane, self.num_samples % self._num_lanes
+        return lane * (self.num_samples // self.num_lanes) + min(
+            lane, self.num_samples % self.num_lanes
         )
 
     def _window_order(self, lane: int, window: int) -> Int64Array:
@@ -131,6 +138,77 @@ class GlobalOrder:
             size = min(self._window, lane_size - window * self._window)
             key = hash_key(self._seed, self._epoch, self._WINDOWS, lane, window)
             order = self._windows[lane, window] = permutation(size, key)
-            if len(self._windows) > 2 * self._num_lanes:
+            if len(self._windows) > 2 * self.num_lanes:
                 self._windows.popitem(last=False)
         return order
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the samples of some positions lie.
+
+    Attributes:
+        epochs: int64 [n], passes over the data before the one that the sample is part of.
+        blocks: int64 [n], its block.
+        samples: int64 [n], its number in the block.
+        is_padding: bool [n], whether it only fills a step up; None where none does.
+    """
+
+    epochs: Int64Array
+    blocks: Int64Array
+    samples: Int64Array
+    is_padding: NDArray[np.bool_] | None = None
+
+
+class RunOrder(Protocol):
+    """The order of a whole run: a pure function of the position since its begin.
+
+    Attributes:
+        num_lanes: positions p with equal `p % num_lanes` read neighbouring samples.
+        identity: what a position depends on, for the stream's state.
+    """
+
+    num_lanes: int
+    identity: dict[str, Any]
+
+    def locate(self, positions: Int64Array) -> Places:
+        """Find the samples at some positions, int64 [n]."""
+        ...
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """Passes over each data set by name at a position, with fractions."""
+        ...
+
+
+class EpochsOrder:
+    """One data set, epoch after epoch.
+
+    Args:
+        order: of an epoch.
+        tail: `drop` leaves out the last samples of each epoch's order, different ones each time, so
+            that it is made of whole steps; `carry` lets the next epoch begin within a step;
+            `pad_mask` fills the last step up with samples that predict nothing.
+        step: samples that a whole step has, a multiple of the order's lanes.
+    """
+
+    def __init__(self, order: GlobalOrder, *, tail: str, step: int) -> None:
+        size = order.num_samples
+        sizes = {"drop": size // step * step, "carry": size, "pad_mask": -(-size // step) * step}
+        self.num_lanes, self._order = order.num_lanes, order
+        self.samples_per_epoch = sizes[tail]
+        self.identity = {**order.identity, "tail": tail, "samples_per_epoch": sizes[tail]}
+
+    def locate(self, positions: Int64Array) -> Places:
+        """As `RunOrder`."""
+        epochs, places = np.divmod(positions, self.samples_per_epoch)
+        is_padding = places >= self._order.num_samples
+        places = np.minimum(places, self._order.num_samples - 1)
+        blocks, samples = np.empty_like(places), np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            own = epochs == epoch
+            blocks[own], samples[own] = self._order.locate(epoch, places[own])
+        return Places(epochs, blocks, samples, is_padding if is_padding.any() else None)
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """As `RunOrder`; the one data set has no name."""
+        return {"": position / self.samples_per_epoch}

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from datamodules.batch import IGNORED, TextBatch
 from datamodules.index import Index
+from datamodules.meter import Counter, Row, new_row
 from datamodules.order import Int64Array, hash_key, splitmix64
-from datamodules.reader import ShardReader
+from datamodules.reader import RAISE, BadSamples, ShardReader
 
 _PHASES = 3  # purpose of the key, next to those of `datamodules.order`
 
@@ -40,6 +41,8 @@ class TextRows:
             next one, so it alone is the context that the next document's first token is predicted
             from, and every target stays predictable.
         seed: key of the phases.
+        bad_samples: what to do about chunks that cannot be read. Rows of the chunk that stands for
+            another are taken in its place, again from the first where it has fewer.
 
     Attributes:
         identity: what a position in these rows depends on, for the stream's state.
@@ -51,11 +54,17 @@ class TextRows:
     """
 
     def __init__(
-        self, index: Index, *, sequence_length: int, document_mask: bool, seed: int
+        self,
+        index: Index,
+        *,
+        sequence_length: int,
+        document_mask: bool,
+        seed: int,
+        bad_samples: BadSamples = RAISE,
     ) -> None:
         self._dtype = np.dtype(index.schema["tokens.npy"]["dtype"]).newbyteorder("<")
         self._length, self._document_mask, self._seed = sequence_length, document_mask, seed
-        self._reader = ShardReader(index)
+        self._reader = ShardReader(index, bad_samples)
         lengths = index.lengths.astype(np.int64)
         self.identity: dict[str, Any] = {
             "index_digest": index.digest,
@@ -70,31 +79,46 @@ class TextRows:
                 "shorten sequence_length, or take a larger corpus or split"
             )
         self._slack = lengths - 1 - self.samples_per_block * sequence_length
-        # Shard and first token of each chunk, counted in tokens from the shard's begin; filled in
-        # as chunks are met.
-        self._shard = np.full(len(lengths), -1)
+        # Of each chunk the one to read, its region, and its first token counted from the region's
+        # begin; filled in as chunks are met.
+        self._chunk = np.arange(len(lengths))
+        self._region = np.full(len(lengths), -1)
         self._start = np.zeros(len(lengths), np.int64)
         self._ends: dict[int, memoryview] = {}
+        self._row = new_row()
 
-    def plan(self, epoch: int | None, blocks: Int64Array, samples: Int64Array) -> Int64Array:
-        """Resolve rows into (shard, first token in it, chunk), int64 [n, 3].
+    def count_into(self, row: Row) -> None:
+        """Add what is read from now on to a row of `datamodules.meter`."""
+        self._row = row
+        self._reader.count_into(row)
+
+    def expect(self, blocks: Int64Array) -> None:
+        """Begin to fetch some chunks, int64 [n], in this order, where they are not local."""
+        self._reader.expect(blocks)
+
+    def plan(
+        self, epochs: Int64Array | None, blocks: Int64Array, samples: Int64Array
+    ) -> Int64Array:
+        """Resolve rows into (region, first token in it, chunk), int64 [n, 3].
 
         Args:
-            epoch: keys the phases; None for evaluation.
+            epochs: int64 [n], keys of the phases; None for evaluation.
             blocks: int64 [n], the chunk of each row.
             samples: int64 [n], the row's number k in its chunk.
         """
-        for chunk in np.unique(blocks[self._shard[blocks] < 0]).tolist():
-            sample = self._reader.sample(chunk)
-            _, offset, _ = self._reader.array(sample, "tokens.npy")
-            self._shard[chunk] = sample.shard
-            self._start[chunk] = offset // self._dtype.itemsize
-        starts = self._start[blocks] + samples * self._length
-        if epoch is not None:
-            key = hash_key(self._seed, epoch, _PHASES)
-            draws = splitmix64(blocks.astype(np.uint64) ^ key)
-            starts += (draws % (self._slack[blocks] + 1).astype(np.uint64)).astype(np.int64)
-        return np.stack([self._shard[blocks], starts, blocks], axis=1)
+        for chunk in np.unique(blocks[self._region[blocks] < 0]).tolist():
+            self._meet(chunk)
+        chunks = self._chunk[blocks]
+        samples = samples % self.samples_per_block[chunks]  # of a substitute that is shorter
+        starts = self._start[chunks] + samples * self._length
+        if epochs is not None:
+            for epoch in np.unique(epochs).tolist():
+                own = epochs == epoch
+                key = hash_key(self._seed, epoch, _PHASES)
+                draws = splitmix64(chunks[own].astype(np.uint64) ^ key)
+                spare = (self._slack[chunks[own]] + 1).astype(np.uint64)
+                starts[own] += (draws % spare).astype(np.int64)
+        return np.stack([self._region[chunks], starts, chunks], axis=1)
 
     def batches(self, addresses: Int64Array) -> Iterator[TextBatch]:
         """Read planned rows [batches, B, 3] into batches."""
@@ -112,11 +136,13 @@ class TextRows:
 
     def _read(self, addresses: Int64Array) -> NDArray:
         """Copy rows out of the shards, [n, T + 1]."""
-        shards, starts, _ = addresses.T
+        regions, starts, _ = addresses.T
         tokens = np.empty((len(addresses), self._length + 1), self._dtype)
-        for shard in set(shards.tolist()):
-            rows = shards == shard
-            tokens[rows] = self._every_row(shard)[starts[rows]]
+        for region in set(regions.tolist()):
+            rows = regions == region
+            tokens[rows] = self._every_row(region)[starts[rows]]
+        self._row[Counter.SAMPLES] += len(tokens)
+        self._row[Counter.BYTES] += tokens.nbytes
         return tokens
 
     def _batch(self, addresses: Int64Array, tokens: NDArray) -> TextBatch:
@@ -129,9 +155,17 @@ class TextRows:
             batch["documents"] = torch.from_numpy(self._documents(chunks, starts))
         return batch
 
-    def _every_row(self, shard: int) -> NDArray:
-        """View a shard as all the rows that could begin at any of its tokens, without a copy."""
-        mapped, size = self._reader.shard(shard), self._dtype.itemsize
+    def _meet(self, chunk: int) -> None:
+        """Look up where a chunk lies, or the one to read in its place."""
+        read = self._reader.readable(chunk, lambda other: self.samples_per_block[other] > 0)
+        region, _, offset, _ = self._reader.array(read, "tokens.npy")
+        self._chunk[chunk] = read
+        for met in (chunk, read):
+            self._region[met], self._start[met] = region, offset // self._dtype.itemsize
+
+    def _every_row(self, region: int) -> NDArray:
+        """View a region as all the rows that could begin at any of its tokens, without a copy."""
+        mapped, size = self._reader.region(region), self._dtype.itemsize
         shape = (len(mapped) // size - self._length, self._length + 1)
         return np.ndarray(shape, self._dtype, mapped, strides=(size, size))
 
@@ -150,13 +184,12 @@ class TextRows:
         if (ends := self._ends.get(chunk)) is None:
             if len(self._ends) >= _CACHED_ENDS:
                 self._ends.clear()
-            sample = self._reader.sample(chunk)
-            dtype, offset, count = self._reader.array(sample, "ends.npy")
-            stored = np.frombuffer(self._reader.shard(sample.shard), dtype, count, offset)
+            region, dtype, offset, count = self._reader.array(chunk, "ends.npy")
+            stored = np.frombuffer(self._reader.region(region), dtype, count, offset)
             # Bisecting a row's few ends costs Python a tenth of what a call of numpy does.
             ends = self._ends[chunk] = stored.astype(np.uint32).data
         return ends
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the cached views behind, which cannot be sent to another process."""
-        return {**self.__dict__, "_ends": {}}
+        return {**self.__dict__, "_ends": {}, "_row": new_row()}

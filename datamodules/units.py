@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
-from datamodules.index import Shard, digest_file, write_atomically
+from datamodules.index import Shard, ShardFacts, digest_file, write_atomically
 from datamodules.sources import Piece, read_documents
 from datamodules.tokenization import encode_parts, load_tokenizer
 from datamodules.write import ShardWriter
@@ -158,9 +158,10 @@ def merge_units(tasks: list[UnitTask]) -> dict[str, MergedSplit]:
                 "tokens.npy": {"codec": "npy", "dtype": np.dtype(tasks[0].dtype).name},
                 "ends.npy": {"codec": "npy", "dtype": "uint32"},
             },
-            "shards": [Shard(**facts["shard"]) for facts in shards],
-            "blocks": np.array([row for facts in shards for row in facts["blocks"]], np.uint32),
-            "lengths": np.array([n for facts in shards for n in facts["lengths"]], np.uint32),
+            "shards": [
+                ShardFacts(**{**facts["facts"], "shard": Shard(**facts["facts"]["shard"])})
+                for facts in shards
+            ],
         }
         text = {name: sum(facts["text"][name] for facts in shards) for name in shards[0]["text"]}
         merged[split] = MergedSplit(index, text)
@@ -171,11 +172,12 @@ def _is_finished(task: UnitTask) -> bool:
     """Tell whether an earlier preparation left this unit complete, by the bytes of its shards."""
     if not task.facts.exists():
         return False
-    shards = {
-        task.folder / split / facts["shard"]["url"]: facts["shard"]["digest"]
-        for split, facts in json.loads(task.facts.read_bytes()).items()
-    }
-    return all(path.exists() and digest_file(path) == shards[path] for path in shards)
+    for split, part in json.loads(task.facts.read_bytes()).items():
+        shard = part["facts"]["shard"]
+        path = task.folder / split / shard["url"]
+        if not path.exists() or digest_file(path) != shard["digest"]:
+            return False
+    return True
 
 
 def _count_cores() -> int:
@@ -205,7 +207,9 @@ def _write_shard(split: str, text: _SplitText, task: UnitTask) -> dict[str, Any]
             members = {"tokens.npy": tokens[start:stop], "ends.npy": inside.astype("<u4")}
             writer.write(stop - start, members)
         counts = {"documents": len(text.ends), "bytes": text.num_bytes, "tokens": len(tokens)}
-        return asdict(writer.finish(counts))
+        bounds = [0, *(ends + 1).tolist(), len(tokens)]
+        documents = [stop - start for start, stop in pairwise(bounds) if stop > start]
+        return {"facts": asdict(writer.finish(documents)), "text": counts}
 
 
 def _encode_in_processes(tasks: list[UnitTask], num_processes: int) -> Iterator[UnitTask]:

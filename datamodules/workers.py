@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from datamodules.order import GlobalOrder, Int64Array
+from datamodules.meter import Meter, Row
+from datamodules.order import Int64Array, Places, RunOrder
 
 _PLANNED_SAMPLES = 4096
 """Samples located in one go: numpy's cost per call is then nothing beside its cost per sample."""
@@ -28,10 +29,16 @@ class SampleSource(Protocol):
     samples_per_block: Int64Array
     sample_bytes: int
 
-    def plan(self, epoch: int | None, blocks: Int64Array, samples: Int64Array) -> Int64Array:
+    def expect(self, blocks: Int64Array) -> None:
+        """Begin to fetch what some blocks need, in this order, if that takes time; does not wait."""
+        ...
+
+    def plan(
+        self, epochs: Int64Array | None, blocks: Int64Array, samples: Int64Array
+    ) -> Int64Array:
         """Resolve samples, by block and number in it, into addresses [n, ...] cheap to read.
 
-        Epoch None is evaluation, where nothing is random.
+        Without epochs it is evaluation, where nothing is random.
         """
         ...
 
@@ -43,6 +50,10 @@ class SampleSource(Protocol):
         """Turn the samples of a batch from `num_samples` on into ones that predict nothing."""
         ...
 
+    def count_into(self, row: Row) -> None:
+        """Add what is read from now on to a row of `datamodules.meter`."""
+        ...
+
 
 class TrainBatches(IterableDataset):
     """Micro-batches `first` to `last` of a rank; worker w of K makes every K-th from `first + w`.
@@ -52,7 +63,7 @@ class TrainBatches(IterableDataset):
     Args:
         source: the samples.
         order: where each position's sample is.
-        samples_per_epoch: positions of an epoch.
+        meter: is told what is read; with a row for each worker.
         micro_batch: samples of a batch.
         repeat_after: begin again with the first sample after so many; None never does.
         rank: takes each `world_size`-th position, from itself on.
@@ -66,43 +77,60 @@ class TrainBatches(IterableDataset):
     def __init__(
         self,
         source: SampleSource,
-        order: GlobalOrder,
-        samples_per_epoch: int,
+        order: RunOrder,
+        meter: Meter,
+        *,
         micro_batch: int,
         repeat_after: int | None,
         rank: int,
         world_size: int,
     ) -> None:
-        self._repeat_after = repeat_after
-        self._source, self._order = source, order
-        self._samples_per_epoch = samples_per_epoch
-        self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
+        self._source, self._order, self._meter = source, order, meter
+        self._repeat_after, self._micro_batch = repeat_after, micro_batch
+        self._rank, self._world_size = rank, world_size
         self.first = self.last = 0
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        step = worker.num_workers if worker else 1
-        first = self.first + (worker.id if worker else 0)
-        planned = max(1, _PLANNED_SAMPLES // self._micro_batch) * step
-        for start in range(first, self.last, planned):
-            numbers = np.arange(start, min(start + planned, self.last), step)
-            yield from self._source.batches(self._plan(numbers))
+        process, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        self._source.count_into(self._meter.row(process))
+        for places in self._places(self.first + process, step):
+            addresses = self._source.plan(places.epochs, places.blocks, places.samples)
+            addresses = addresses.reshape(-1, self._micro_batch, *addresses.shape[1:])
+            padding = _count_padding(places, self._micro_batch)
+            for batch, num_padding in zip(self._source.batches(addresses), padding, strict=True):
+                if num_padding:
+                    self._source.pad(batch, self._micro_batch - num_padding)
+                yield batch
 
-    def _plan(self, numbers: Int64Array) -> Int64Array:
-        """Resolve the samples of micro-batches; int64 [batches, micro_batch, ...]."""
+    def _places(self, first: int, step: int) -> Iterator[Places]:
+        """Locate every `step`-th micro-batch from `first` on, several at a time, one time ahead."""
+        planned = max(1, _PLANNED_SAMPLES // self._micro_batch) * step
+        ahead = None
+        for start in range(first, self.last, planned):
+            found = self._locate(np.arange(start, min(start + planned, self.last), step))
+            self._source.expect(found.blocks)
+            if ahead is not None:
+                yield ahead
+            ahead = found
+        if ahead is not None:
+            yield ahead
+
+    def _locate(self, numbers: Int64Array) -> Places:
         # The A micro-batches of a step on one rank follow each other, so numbering the rank's
         # samples through and spreading them by the world size gives the position in the run.
         own = numbers[:, None] * self._micro_batch + np.arange(self._micro_batch)
         positions = (own * self._world_size + self._rank).reshape(-1)
         if self._repeat_after is not None:
             positions %= self._repeat_after
-        epochs, places = np.divmod(positions, self._samples_per_epoch)
-        addresses = [
-            self._source.plan(int(epoch), *self._order.locate(int(epoch), places[epochs == epoch]))
-            for epoch in np.unique(epochs)
-        ]
-        planned = np.concatenate(addresses)
-        return planned.reshape(len(numbers), self._micro_batch, *planned.shape[1:])
+        return self._order.locate(positions)
+
+
+def _count_padding(places: Places, micro_batch: int) -> list[int]:
+    """Samples of each micro-batch that only fill it up; they are its last ones."""
+    if places.is_padding is None:
+        return [0] * (len(places.blocks) // micro_batch)
+    return places.is_padding.reshape(-1, micro_batch).sum(1).tolist()
 
 
 def open_batches(batches: TrainBatches, num_workers: int) -> Any:

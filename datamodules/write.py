@@ -3,37 +3,22 @@
 A shard appears under its name only when it is complete.
 """
 
+import hashlib
 import io
 import os
 import tarfile
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.index import Shard, digest_file
+from datamodules.index import Shard, ShardFacts, checksum
 
 BLOCK_BYTES = 8 * 2**20
 """A block ends with the sample that passes this size: large enough for one efficient read from an
 object store, small enough to hop through."""
-
-
-@dataclass(frozen=True)
-class ShardFacts:
-    """What the index takes over about one shard.
-
-    Attributes:
-        shard: its entry.
-        blocks: samples and bytes of each block.
-        lengths: tokens of each sample.
-        text: counts of what went in: documents, bytes of text, tokens.
-    """
-
-    shard: Shard
-    blocks: list[tuple[int, int]]
-    lengths: list[int]
-    text: dict[str, int]
 
 
 class ShardWriter:
@@ -48,62 +33,99 @@ class ShardWriter:
         self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._blocks: list[tuple[int, int]] = []
         self._lengths: list[int] = []
+        self._checksums: list[int] = []
         self._block_start = self._block_samples = 0
 
     def __enter__(self) -> "ShardWriter":
         """Open the temporary file."""
         # The pax format of tarfile is plain ustar for short names, which these are.
-        self._tar = tarfile.open(self._temporary, "w", format=tarfile.PAX_FORMAT)
+        self._file = _HashedFile(self._temporary.open("wb"))
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # type: ignore[call-overload]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Close the temporary file, and remove it after an error."""
         if kind is not None:
-            self._tar.fileobj.close()  # pyright: ignore[reportOptionalMemberAccess]
+            self._file.close()
             self._temporary.unlink()
 
-    def write(self, length: int, members: dict[str, NDArray]) -> None:
+    def write(self, length: int, members: dict[str, NDArray | bytes], key: str = "") -> None:
         """Append a sample.
 
         Args:
-            length: tokens of the sample, for the index.
-            members: extension -> array, stored as `.npy`.
+            length: tokens of the sample, or its bytes where it has none, for the index.
+            members: extension -> array, stored as `.npy`, or the bytes of a file.
+            key: name of the sample in its shard; its number by default.
         """
-        key = f"{len(self._lengths):06d}"
+        key = key or f"{len(self._lengths):06d}"
         for extension in sorted(members):
-            content = io.BytesIO()
-            np.lib.format.write_array(content, members[extension], version=(1, 0))
+            content = _encode(members[extension])
             entry = tarfile.TarInfo(f"{key}.{extension}")  # mtime, owner and group are 0
-            entry.size = content.tell()
-            content.seek(0)
-            self._tar.addfile(entry, content)
+            entry.size = len(content)
+            self._tar.addfile(entry, io.BytesIO(content))
         self._lengths.append(length)
+        self._checksums.append(checksum(self._file.take()))
         self._block_samples += 1
         if self._tar.offset - self._block_start >= BLOCK_BYTES:
             self._end_block()
 
-    def finish(self, text: dict[str, int]) -> ShardFacts:
+    def finish(self, documents: Sequence[int] = ()) -> ShardFacts:
         """Make the bytes durable, then give the shard its name.
 
         Args:
-            text: counts of what went in, kept with the facts.
+            documents: tokens of each document in the shard, for the index.
         """
         if self._block_samples:
             self._end_block()
         self._tar.close()
-        with self._temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        num_bytes = self._file.tell()
+        self._file.flush_to_disk()
+        self._file.close()
         shard = Shard(
             url=self._path.name,
-            num_bytes=self._temporary.stat().st_size,
+            num_bytes=num_bytes,
             num_samples=len(self._lengths),
             num_blocks=len(self._blocks),
-            digest=digest_file(self._temporary),
+            num_documents=len(documents),
+            digest=self._file.digest,
         )
-        facts = ShardFacts(shard, self._blocks, self._lengths, text)
         self._temporary.replace(self._path)
-        return facts
+        return ShardFacts(shard, self._blocks, self._lengths, self._checksums, documents)
 
     def _end_block(self) -> None:
         self._blocks.append((self._block_samples, self._tar.offset - self._block_start))
         self._block_start, self._block_samples = self._tar.offset, 0
+
+
+class _HashedFile:
+    """A file that hashes what is written, and keeps what was written since it was last asked."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash = file, hashlib.blake2b(digest_size=16)
+        self._recent: list[bytes] = []
+        self.close, self.tell = file.close, file.tell
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def write(self, content: bytes) -> int:
+        self._hash.update(content)
+        self._recent.append(content)
+        return self._file.write(content)
+
+    def take(self) -> bytes:
+        recent, self._recent = b"".join(self._recent), []
+        return recent
+
+    def flush_to_disk(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _encode(content: NDArray | bytes) -> bytes:
+    if isinstance(content, bytes):
+        return content
+    file = io.BytesIO()
+    np.lib.format.write_array(file, content, version=(1, 0))
+    return file.getvalue()

@@ -35,15 +35,8 @@ def make_dataset(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Index]:
                     first += length
                     arrays = {"tokens.npy": tokens, "ends.npy": np.array(ends or [], "<u4")}
                     writer.write(length, arrays)
-                facts.append(writer.finish({}))
-        write_index(
-            path,
-            schema=SCHEMA,
-            tokenizer="none",
-            shards=[entry.shard for entry in facts],
-            blocks=np.array([row for entry in facts for row in entry.blocks], np.uint32),
-            lengths=np.array([n for entry in facts for n in entry.lengths], np.uint32),
-        )
+                facts.append(writer.finish())
+        write_index(path, schema=SCHEMA, tokenizer="none", shards=facts)
         return read_index(path)
 
     return make

@@ -24,11 +24,10 @@ def read_split(prepared: PreparedData, split: str) -> tuple[list[int], list[int]
     tokens: list[int] = []
     ends: list[int] = []
     for number, length in enumerate(index.lengths):
-        sample = reader.sample(number)
         arrays = {}
         for name in ("tokens.npy", "ends.npy"):
-            dtype, offset, count = reader.array(sample, name)
-            arrays[name] = np.frombuffer(reader.shard(sample.shard), dtype, count, offset)
+            region, dtype, offset, count = reader.array(number, name)
+            arrays[name] = np.frombuffer(reader.region(region), dtype, count, offset)
         ends += (arrays["ends.npy"] + len(tokens)).tolist()
         tokens += arrays["tokens.npy"].tolist()
         assert length == len(arrays["tokens.npy"])

@@ -11,7 +11,7 @@ import torch
 
 from datamodules.batch import IGNORED
 from datamodules.index import Index
-from datamodules.loader import EvaluationLoader, TrainLoader
+from datamodules.loader import EvaluationLoader, TrainLoader, order_of
 from datamodules.rows import TextRows
 
 pytestmark = [
@@ -42,10 +42,19 @@ def make_loader(index: Index, rank: int = 0, world: int = 1, **settings: Any) ->
         "micro_batch": G // world,
         "max_samples": 20 * G,
         "window_mb": 1,
+        "tail": "drop",
         "num_workers": 0,
         "repeat_first_batch": False,
     }
-    return TrainLoader(make_rows(index), rank=rank, world_size=world, **{**defaults, **settings})
+    settings = {**defaults, **settings}
+    keys = {key: settings.pop(key) for key in ("seed", "window_mb", "tail")}
+    rows = make_rows(index)
+    order = order_of(rows, batch_samples=settings["batch_samples"], **keys)
+    return TrainLoader(rows, order, rank=rank, world_size=world, **settings)
+
+
+def samples_per_epoch(loader: TrainLoader) -> int:
+    return loader.stream_state()["samples_per_epoch"]
 
 
 def global_steps(index: Index, world: int, **settings: Any) -> list[list[int]]:
@@ -69,13 +78,13 @@ def global_steps(index: Index, world: int, **settings: Any) -> list[list[int]]:
 def test_epoch_has_each_row_at_most_once_and_drops_less_than_a_step(index: Index) -> None:
     total = int(make_rows(index).samples_per_block.sum())
     loader = make_loader(index, max_samples=10**6)
-    assert total - G < loader.samples_per_epoch <= total
+    assert total - G < samples_per_epoch(loader) <= total
     batches = [next(batches)["inputs"] for batches in [iter(loader)] for _ in range(20)]
-    steps = loader.samples_per_epoch // G
+    steps = samples_per_epoch(loader) // G
     for epoch in range(2):
         rows = torch.cat(batches[epoch * steps : (epoch + 1) * steps])
         # Rows of an epoch do not overlap, so no token is an input twice.
-        assert len(rows.unique()) == rows.numel() == loader.samples_per_epoch * 16
+        assert len(rows.unique()) == rows.numel() == samples_per_epoch(loader) * 16
     assert not torch.equal(batches[0], batches[steps])
 
 
@@ -136,7 +145,8 @@ def test_state_is_the_same_on_every_rank_and_epoch_follows(index: Index) -> None
     for loader in loaders:
         list(islice(iter(loader), 10))
     assert loaders[0].stream_state() == loaders[1].stream_state()
-    assert loaders[0].epoch == 10 * G // loaders[0].samples_per_epoch == 1
+    (passes,) = loaders[0].epochs.values()
+    assert passes == 10 * G / samples_per_epoch(loaders[0])
 
 
 @pytest.mark.parametrize(
@@ -195,12 +205,13 @@ LEAVES = """
 import sys
 from pathlib import Path
 from datamodules.index import read_index
-from datamodules.loader import TrainLoader
+from datamodules.loader import TrainLoader, order_of
 from datamodules.rows import TextRows
 
 rows = TextRows(read_index(Path(sys.argv[1])), sequence_length=16, document_mask=False, seed=1)
-loader = TrainLoader(rows, seed=1, batch_samples=4, micro_batch=4, max_samples=4000, window_mb=1,
-                     num_workers=2, repeat_first_batch=False, rank=0, world_size=1)
+order = order_of(rows, seed=1, batch_samples=4, window_mb=1, tail="drop")
+loader = TrainLoader(rows, order, batch_samples=4, micro_batch=4, max_samples=4000, num_workers=2,
+                     repeat_first_batch=False, rank=0, world_size=1)
 batches = iter(loader)
 next(batches)
 if sys.argv[2] == "error":

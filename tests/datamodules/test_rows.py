@@ -26,7 +26,8 @@ def index(make_dataset: Callable[..., Index], tmp_path: Path) -> Index:
 
 def read(rows: TextRows, epoch: int | None, places: list[tuple[int, int]]) -> dict:
     blocks, samples = np.array(places).T
-    (batch,) = rows.batches(rows.plan(epoch, blocks, samples)[None])
+    epochs = None if epoch is None else np.full(len(blocks), epoch)
+    (batch,) = rows.batches(rows.plan(epochs, blocks, samples)[None])
     return {**batch}
 
 
@@ -72,7 +73,7 @@ def test_batches_read_together_equal_batches_read_alone(
 ) -> None:
     rows, order = make_rows(index, document_mask=True), np.arange(28) * 11 % 28
     chunks, samples = np.where(order < 14, 0, 3), order % 14
-    addresses = rows.plan(1, chunks, samples).reshape(14, 2, 3)
+    addresses = rows.plan(np.ones_like(chunks), chunks, samples).reshape(14, 2, 3)
     together = list(rows.batches(addresses))
     monkeypatch.setattr("datamodules.rows._READ_TOKENS", 1)
     sent = pickle.loads(pickle.dumps(rows))  # as to a worker process

@@ -62,7 +62,7 @@ def test_killed_preparation_is_finished_by_the_next(
     assert not (folder / "dataset.json").exists()
     assert list(folder.rglob("*.tmp"))
     finished = [
-        folder / split / shard["shard"]["url"]
+        folder / split / shard["facts"]["shard"]["url"]
         for unit in (folder / "units").glob("*.json")
         for split, shard in json.loads(unit.read_bytes()).items()
     ]
