@@ -1,4 +1,4 @@
-"""A LightningDataModule whose training stream resumes at the next sample; one kind of data extends it.
+"""A LightningDataModule whose training stream resumes at the next sample; kinds of data extend it.
 
 What Lightning 2.6 would do wrong is kept off it here: the state lies in the datamodule, because the
 loader's own is lost in some orders of calls; it reaches a loader that exists already, because

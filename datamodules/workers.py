@@ -30,7 +30,7 @@ class SampleSource(Protocol):
     sample_bytes: int
 
     def expect(self, blocks: Int64Array) -> None:
-        """Begin to fetch what some blocks need, in this order, if that takes time; does not wait."""
+        """Begin to fetch what some blocks need, in this order, where it is far; does not wait."""
         ...
 
     def plan(

@@ -130,5 +130,5 @@ def test_member_that_comes_twice_is_refused() -> None:
         for _ in range(2):
             tar.addfile(tarfile.TarInfo("0.a"))
     (sample,), _ = read_samples(content.getvalue(), 0, len(content.getvalue()))
-    with pytest.raises(BadSampleError, match="two members 0.a at byte 0"):
+    with pytest.raises(BadSampleError, match=r"two members 0\.a at byte 0"):
         check_members(sample, {"a": {}})
