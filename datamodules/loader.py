@@ -25,7 +25,13 @@ log = logging.getLogger(__name__)
 
 
 def order_of(
-    source: SampleSource, *, seed: int, batch_samples: int, window_mb: int, tail: str
+    source: SampleSource,
+    *,
+    seed: int,
+    batch_samples: int,
+    window_mb: float,
+    tail: str,
+    in_blend: bool = False,
 ) -> EpochsOrder:
     """Give the order of a run over one data set.
 
@@ -35,6 +41,8 @@ def order_of(
         batch_samples: G.
         window_mb: budget in MiB for the samples that a shuffle mixes at a time.
         tail: what becomes of an epoch's samples behind its last whole step (`EpochsOrder`).
+        in_blend: whether the data set is one of several, so that its epochs are not made of whole
+            steps but of as many samples as there are lanes.
 
     Raises:
         ValueError: the tail is unknown, or to be dropped where it is all there is.
@@ -42,16 +50,17 @@ def order_of(
     if tail not in TAILS:
         raise ValueError(f"datamodule.tail={tail} -> unknown -> choose one of {', '.join(TAILS)}")
     num_samples = int(source.samples_per_block.sum())
-    if tail == "drop" and num_samples < batch_samples:
+    lanes = count_lanes(batch_samples)
+    step = lanes if in_blend else batch_samples
+    if tail == "drop" and num_samples < step:
         raise ValueError(
             f"batch_samples={batch_samples} -> the training split has only {num_samples} samples, "
             "not enough for one optimizer step -> lower batch_samples (or batch_tokens), shorten "
             "the samples, take a larger corpus, or set datamodule.tail=carry"
         )
-    lanes = count_lanes(batch_samples)
-    window = max(1, window_mb * 2**20 // (lanes * source.sample_bytes))
+    window = max(1, int(window_mb * 2**20) // (lanes * source.sample_bytes))
     order = GlobalOrder(source.samples_per_block, seed=seed, num_lanes=lanes, window=window)
-    return EpochsOrder(order, tail=tail, step=batch_samples)
+    return EpochsOrder(order, tail=tail, step=step)
 
 
 class TrainLoader:

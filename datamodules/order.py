@@ -60,6 +60,12 @@ def permutation(size: int, key: np.uint64) -> Int64Array:
     return np.argsort(splitmix64(np.arange(size, dtype=np.uint64) ^ key), kind="stable")
 
 
+def uniform(key: np.uint64, size: int) -> NDArray[np.float64]:
+    """Draw numbers in [0, 1) that depend on a key alone; float64 [size], 53 random bits each."""
+    draws = splitmix64(splitmix64(np.arange(size, dtype=np.uint64)) ^ key)
+    return (draws >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def count_lanes(batch_samples: int) -> int:
     """Give L, the largest divisor of the global batch that is at most `MAX_LANES`."""
     return max(lanes for lanes in range(1, MAX_LANES + 1) if batch_samples % lanes == 0)

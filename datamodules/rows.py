@@ -17,18 +17,16 @@ import torch
 from numpy.typing import NDArray
 
 from datamodules.batch import IGNORED, TextBatch
+from datamodules.chunks import TokenChunks
 from datamodules.index import Index
 from datamodules.meter import Counter, Row, new_row
 from datamodules.order import Int64Array, hash_key, splitmix64
-from datamodules.reader import RAISE, BadSamples, ShardReader
+from datamodules.reader import RAISE, BadSamples
 
 _PHASES = 3  # purpose of the key, next to those of `datamodules.order`
 
 _READ_TOKENS = 2**18
 """Tokens copied in one go, which spares small batches the cost of a call per shard."""
-
-_CACHED_ENDS = 4096
-"""Chunks whose document ends are kept at hand: 2 GiB of text at 1 MiB a chunk."""
 
 
 class TextRows:
@@ -62,10 +60,10 @@ class TextRows:
         seed: int,
         bad_samples: BadSamples = RAISE,
     ) -> None:
-        self._dtype = np.dtype(index.schema["tokens.npy"]["dtype"]).newbyteorder("<")
         self._length, self._document_mask, self._seed = sequence_length, document_mask, seed
-        self._reader = ShardReader(index, bad_samples)
-        lengths = index.lengths.astype(np.int64)
+        self._chunks = TokenChunks(index, bad_samples, self._has_rows)
+        self._dtype = self._chunks.dtype
+        lengths = self._chunks.lengths
         self.identity: dict[str, Any] = {
             "index_digest": index.digest,
             "sequence_length": sequence_length,
@@ -79,22 +77,16 @@ class TextRows:
                 "shorten sequence_length, or take a larger corpus or split"
             )
         self._slack = lengths - 1 - self.samples_per_block * sequence_length
-        # Of each chunk the one to read, its region, and its first token counted from the region's
-        # begin; filled in as chunks are met.
-        self._chunk = np.arange(len(lengths))
-        self._region = np.full(len(lengths), -1)
-        self._start = np.zeros(len(lengths), np.int64)
-        self._ends: dict[int, memoryview] = {}
         self._row = new_row()
 
     def count_into(self, row: Row) -> None:
         """Add what is read from now on to a row of `datamodules.meter`."""
         self._row = row
-        self._reader.count_into(row)
+        self._chunks.reader.count_into(row)
 
     def expect(self, blocks: Int64Array) -> None:
         """Begin to fetch some chunks, int64 [n], in this order, where they are not local."""
-        self._reader.expect(blocks)
+        self._chunks.reader.expect(blocks)
 
     def plan(
         self, epochs: Int64Array | None, blocks: Int64Array, samples: Int64Array
@@ -106,11 +98,9 @@ class TextRows:
             blocks: int64 [n], the chunk of each row.
             samples: int64 [n], the row's number k in its chunk.
         """
-        for chunk in np.unique(blocks[self._region[blocks] < 0]).tolist():
-            self._meet(chunk)
-        chunks = self._chunk[blocks]
-        samples = samples % self.samples_per_block[chunks]  # of a substitute that is shorter
-        starts = self._start[chunks] + samples * self._length
+        chunks, regions, starts = self._chunks.locate(blocks)
+        # A chunk that stands for another may have fewer rows.
+        starts = starts + samples % self.samples_per_block[chunks] * self._length
         if epochs is not None:
             for epoch in np.unique(epochs).tolist():
                 own = epochs == epoch
@@ -118,7 +108,7 @@ class TextRows:
                 draws = splitmix64(chunks[own].astype(np.uint64) ^ key)
                 spare = (self._slack[chunks[own]] + 1).astype(np.uint64)
                 starts[own] += (draws % spare).astype(np.int64)
-        return np.stack([self._region[chunks], starts, chunks], axis=1)
+        return np.stack([regions, starts, chunks], axis=1)
 
     def batches(self, addresses: Int64Array) -> Iterator[TextBatch]:
         """Read planned rows [batches, B, 3] into batches."""
@@ -155,41 +145,26 @@ class TextRows:
             batch["documents"] = torch.from_numpy(self._documents(chunks, starts))
         return batch
 
-    def _meet(self, chunk: int) -> None:
-        """Look up where a chunk lies, or the one to read in its place."""
-        read = self._reader.readable(chunk, lambda other: self.samples_per_block[other] > 0)
-        region, _, offset, _ = self._reader.array(read, "tokens.npy")
-        self._chunk[chunk] = read
-        for met in (chunk, read):
-            self._region[met], self._start[met] = region, offset // self._dtype.itemsize
+    def _has_rows(self, chunk: int) -> bool:
+        return self.samples_per_block[chunk] > 0
 
     def _every_row(self, region: int) -> NDArray:
         """View a region as all the rows that could begin at any of its tokens, without a copy."""
-        mapped, size = self._reader.region(region), self._dtype.itemsize
+        mapped, size = self._chunks.reader.region(region), self._dtype.itemsize
         shape = (len(mapped) // size - self._length, self._length + 1)
         return np.ndarray(shape, self._dtype, mapped, strides=(size, size))
 
     def _documents(self, chunks: Int64Array, starts: Int64Array) -> NDArray[np.int32]:
         opened = np.zeros((len(chunks), self._length), np.int32)
-        places = (starts - self._start[chunks]).tolist()
+        places = (starts - self._chunks.start(chunks)).tolist()
         for row, chunk, place in zip(opened, chunks.tolist(), places, strict=True):
-            ends = self._document_ends(chunk)
+            ends = self._chunks.ends(chunk)
             # A row that begins with an end token begins the document which that opens.
             first = bisect_right(ends, place)
             for end in ends[first : bisect_left(ends, place + self._length, first)]:
                 row[end - place] = 1
         return np.cumsum(opened, axis=1, dtype=np.int32)
 
-    def _document_ends(self, chunk: int) -> memoryview:
-        if (ends := self._ends.get(chunk)) is None:
-            if len(self._ends) >= _CACHED_ENDS:
-                self._ends.clear()
-            region, dtype, offset, count = self._reader.array(chunk, "ends.npy")
-            stored = np.frombuffer(self._reader.region(region), dtype, count, offset)
-            # Bisecting a row's few ends costs Python a tenth of what a call of numpy does.
-            ends = self._ends[chunk] = stored.astype(np.uint32).data
-        return ends
-
     def __getstate__(self) -> dict[str, object]:
-        """Leave the cached views behind, which cannot be sent to another process."""
-        return {**self.__dict__, "_ends": {}, "_row": new_row()}
+        """Leave the counters behind, which belong to a process."""
+        return {**self.__dict__, "_row": new_row()}

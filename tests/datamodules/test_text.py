@@ -35,6 +35,7 @@ def make_data(
             "corpus": make_corpus(path, shard_mb=1, chunk_kb=16),
             "data_dir": str(tmp_path / "data"),
             "sequence_length": 256,
+            "packing": "cut",
             "document_mask": True,
             "batch_samples": 48,
             "micro_batch": 24,

@@ -1,0 +1,108 @@
+"""Samples as they lie in shards, decoded one by one: images, pairs, or what others have written.
+
+Whatever is random about a sample comes from its key, which is a function of (seed, epoch, its place
+in the data set), so that ranks, workers and resume cannot change it: `datamodules.order.uniform`
+gives numbers for it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from datamodules.index import Index
+from datamodules.meter import Counter, Row, new_row
+from datamodules.order import Int64Array, hash_key, splitmix64
+from datamodules.reader import RAISE, BadSamples, ShardReader
+
+_AUGMENTATION = 5  # purpose of the key, next to those of `datamodules.order` and `rows`
+
+
+class Codec(Protocol):
+    """From stored members to batches; sent to worker processes."""
+
+    def decode(self, members: Mapping[str, memoryview], key: np.uint64 | None) -> Any:
+        """Make a sample of its members, extension -> content, valid until the next call.
+
+        Args:
+            members: the sample.
+            key: of all that is random about it in this epoch; None in evaluation.
+        """
+        ...
+
+    def collate(self, samples: Sequence[Any]) -> Any:
+        """Make a batch of samples."""
+        ...
+
+    def pad(self, batch: Any, num_samples: int) -> None:
+        """Turn the samples of a batch from `num_samples` on into ones that count for nothing."""
+        ...
+
+
+class StoredSamples:
+    """The samples of a data set; a `datamodules.workers.SampleSource`.
+
+    Args:
+        index: of the data set.
+        codec: makes batches of members.
+        seed: key of what is random.
+        bad_samples: what to do about samples that cannot be read.
+
+    Attributes:
+        identity: what a position depends on, for the stream's state.
+        samples_per_block: int64 [blocks].
+        sample_bytes: mean size of a sample in its shard.
+    """
+
+    def __init__(
+        self, index: Index, codec: Codec, *, seed: int, bad_samples: BadSamples = RAISE
+    ) -> None:
+        self._codec, self._seed = codec, seed
+        self._reader = ShardReader(index, bad_samples)
+        self.identity: dict[str, Any] = {"index_digest": index.digest}
+        self.samples_per_block: Int64Array = index.blocks[:, 0].astype(np.int64)
+        num_samples = max(1, int(self.samples_per_block.sum()))
+        self.sample_bytes = max(1, int(index.blocks[:, 1].sum(dtype=np.int64)) // num_samples)
+        self._first_sample = np.cumsum(self.samples_per_block) - self.samples_per_block
+        self._row = new_row()
+
+    def count_into(self, row: Row) -> None:
+        """Add what is read from now on to a row of `datamodules.meter`."""
+        self._row = row
+        self._reader.count_into(row)
+
+    def expect(self, blocks: Int64Array) -> None:
+        """Begin to fetch some blocks, int64 [n], in this order, where they are not local."""
+        self._reader.expect(blocks)
+
+    def plan(
+        self, epochs: Int64Array | None, blocks: Int64Array, samples: Int64Array
+    ) -> Int64Array:
+        """Resolve samples into (number in the data set, epoch or -1), int64 [n, 2]."""
+        numbers = self._first_sample[blocks] + samples
+        return np.stack([numbers, np.full_like(numbers, -1) if epochs is None else epochs], axis=1)
+
+    def batches(self, addresses: Int64Array) -> Iterator[Any]:
+        """Read planned batches [batches, micro_batch, 2]."""
+        for planned in addresses:
+            yield self._codec.collate([self._read(*row) for row in planned.tolist()])
+
+    def pad(self, batch: Any, num_samples: int) -> None:
+        """Turn the samples from `num_samples` on into ones that count for nothing."""
+        self._codec.pad(batch, num_samples)
+
+    def _read(self, number: int, epoch: int) -> Any:
+        sample, region = self._reader.sample(self._reader.readable(number))
+        content = self._reader.region(region)
+        members = {
+            name: content[offset : offset + size] for name, (offset, size) in sample.members.items()
+        }
+        self._row[Counter.SAMPLES] += 1
+        self._row[Counter.BYTES] += sample.stop - sample.start
+        return self._codec.decode(members, self._key(number, epoch))
+
+    def _key(self, number: int, epoch: int) -> np.uint64 | None:
+        if epoch < 0:
+            return None
+        key = hash_key(self._seed, epoch, _AUGMENTATION)
+        return splitmix64(np.array([number], np.uint64) ^ key)[0]
