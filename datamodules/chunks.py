@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.block_cache import BlockCache
 from datamodules.index import Index
 from datamodules.order import Int64Array
 from datamodules.reader import BadSamples, ShardReader
@@ -22,6 +23,7 @@ class TokenChunks:
     Args:
         index: of the data set.
         bad_samples: what to do about chunks that cannot be read.
+        cache: of blocks of shards that are not local tars.
         usable: whether a chunk may stand for another that cannot be read.
 
     Attributes:
@@ -31,10 +33,14 @@ class TokenChunks:
     """
 
     def __init__(
-        self, index: Index, bad_samples: BadSamples, usable: Callable[[int], bool]
+        self,
+        index: Index,
+        bad_samples: BadSamples,
+        cache: BlockCache | None,
+        usable: Callable[[int], bool],
     ) -> None:
         self.dtype = np.dtype(index.schema["tokens.npy"]["dtype"]).newbyteorder("<")
-        self.reader = ShardReader(index, bad_samples)
+        self.reader = ShardReader(index, bad_samples, cache)
         self.lengths: Int64Array = index.lengths.astype(np.int64)
         self._usable = usable
         # Of each chunk the one to read, its region, and its first token counted from the region's
@@ -69,7 +75,7 @@ class TokenChunks:
             self._meet(chunk)
         read = int(self._chunk[chunk])
         region, start = int(self._region[read]), int(self._start[read])
-        content = self.reader.region(region)
+        content = self.reader.regions.view(region)
         return np.frombuffer(
             content, self.dtype, int(self.lengths[read]), start * self.dtype.itemsize
         )
@@ -80,13 +86,13 @@ class TokenChunks:
             if len(self._ends) >= _CACHED_ENDS:
                 self._ends.clear()
             region, dtype, offset, count = self.reader.array(chunk, "ends.npy")
-            stored = np.frombuffer(self.reader.region(region), dtype, count, offset)
+            stored = np.frombuffer(self.reader.regions.view(region), dtype, count, offset)
             # Bisecting a row's few ends costs Python a tenth of what a call of numpy does.
             ends = self._ends[chunk] = stored.astype(np.uint32).data
         return ends
 
     def _meet(self, chunk: int) -> None:
-        read = self.reader.readable(chunk, self._usable)
+        read, _, _ = self.reader.find(chunk, self._usable)
         region, _, offset, _ = self.reader.array(read, "tokens.npy")
         self._chunk[chunk] = read
         for met in (chunk, read):

@@ -223,6 +223,11 @@ def is_remote(url: str) -> bool:
     return "://" in url or url.startswith("pipe:")
 
 
+def is_sequential(url: str) -> bool:
+    """Whether a shard can only be read from its begin to its end, as one block."""
+    return url.startswith("pipe:") or url.endswith((".gz", ".tgz"))
+
+
 def _locate(base: str, url: str) -> str:
     if is_remote(url) or url.startswith("/"):
         return url

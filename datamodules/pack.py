@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from datamodules.batch import IGNORED, TextBatch
+from datamodules.block_cache import BlockCache
 from datamodules.chunks import TokenChunks
 from datamodules.index import Index, digest_bytes
 from datamodules.meter import Counter, Row, new_row
@@ -101,6 +102,7 @@ class PackedRows:
         end_token: number of the token that ends a document.
         bad_samples: what to do about chunks that cannot be read. Tokens of the chunk that stands
             for another are taken in their place, again from the first where it has fewer.
+        cache: of blocks of shards that are not local tars.
 
     Attributes:
         identity: what a position in these rows depends on, for the stream's state.
@@ -115,9 +117,10 @@ class PackedRows:
         sequence_length: int,
         end_token: int,
         bad_samples: BadSamples = RAISE,
+        cache: BlockCache | None = None,
     ) -> None:
         self._length, self._end_token = sequence_length, end_token
-        self._chunks = TokenChunks(index, bad_samples, _is_usable)
+        self._chunks = TokenChunks(index, bad_samples, cache, _is_usable)
         self._documents = index.documents
         self._chunk_ends = np.cumsum(index.lengths, dtype=np.int64)
         self._lay_windows(index)

@@ -1,12 +1,11 @@
 """Samples of a data set's shards, found by hopping from header to header inside a block.
 
-A *region* is what is mapped at once: a whole local shard. Every sample is held against its checksum
-when it is found, so that a flipped bit is an error and not a token.
+Every sample is held against its checksum when it is found, so that a flipped bit is an error and
+not a token.
 """
 
 import json
 import logging
-import mmap
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,17 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
+from datamodules.block_cache import BlockCache
 from datamodules.index import Index, checksum
 from datamodules.meter import Counter, Row, new_row
 from datamodules.order import Int64Array
+from datamodules.regions import Place, Regions
 from datamodules.tar import BadSampleError, StoredSample, check_members, read_samples
 
 PARSED_BYTES = 64 * 2**20
 """Bound on the memory that parsed blocks may take in a process."""
 _ENTRY_BYTES = 600  # of a sample with its names and two members, as `sys.getsizeof` adds them up
-
-OPEN_REGIONS = 256
-"""Bound on mapped regions; each holds a file descriptor, of which systems often allow 1024."""
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +54,18 @@ class ShardReader:
     Args:
         index: of the data set.
         bad_samples: what to do about those that cannot be read.
+        cache: of blocks that are not in local tars; None where all are.
+
+    Attributes:
+        regions: of the shards, in which samples lie.
     """
 
-    def __init__(self, index: Index, bad_samples: BadSamples = RAISE) -> None:
+    def __init__(
+        self, index: Index, bad_samples: BadSamples = RAISE, cache: BlockCache | None = None
+    ) -> None:
         self._index, self._bad = index, bad_samples
-        blocks_per_shard = np.array([shard.num_blocks for shard in index.shards])
-        self._first_block = np.concatenate([[0], np.cumsum(blocks_per_shard)])
+        self.regions = Regions(index, cache, accept_bad=bad_samples.action == "substitute")
         self._block_ends = np.cumsum(index.blocks[:, 0], dtype=np.int64)
-        self._regions: OrderedDict[int, memoryview] = OrderedDict()
         self._parsed: OrderedDict[int, _Block] = OrderedDict()
         self._parsed_samples = 0
         self._substitutes: dict[int, int] = {}
@@ -72,13 +74,11 @@ class ShardReader:
     def count_into(self, row: Row) -> None:
         """Add what is met from now on to a row of `datamodules.meter`."""
         self._row = row
+        self.regions.count_into(row)
 
     def expect(self, numbers: Int64Array) -> None:
         """Begin to fetch the blocks of some samples, in this order, where they are not local."""
-
-    def number(self, block: int, place: int) -> int:
-        """Number in the data set of a sample in a block."""
-        return int(self._block_ends[block]) - int(self._index.blocks[block, 0]) + place
+        self.regions.expect(np.searchsorted(self._block_ends, numbers, side="right"))
 
     def sample(self, number: int) -> tuple[StoredSample, int]:
         """Find a sample by its number in the data set, and the region that it lies in.
@@ -91,38 +91,43 @@ class ShardReader:
         found = self._block(block)
         place = number - (int(self._block_ends[block]) - int(self._index.blocks[block, 0]))
         if place >= len(found.samples):
-            raise self._error(found.problem, found.shard, f"sample {place} of its block")
+            raise self._error(found.problem, found.place.shard, f"sample {place} of its block")
         sample = found.samples[place]
         try:
             check_members(sample, self._index.schema)
         except BadSampleError as err:
-            raise self._error(str(err), found.shard, f"key {sample.key}") from err
-        content = self.region(found.region)[sample.start : sample.stop]
+            raise self._error(str(err), found.place.shard, f"key {sample.key}") from err
+        content = self.regions.view(found.place.region)[sample.start : sample.stop]
         if checksum(content) != self._index.checksums[number]:
-            problem = f"the bytes {sample.start} to {sample.stop} are not those that were written"
+            offset = found.place.offset - found.place.start + sample.start
+            problem = f"the sample at byte {offset} is not as it was written"
             remedy = "restore the shard or prepare the corpus again"
-            raise self._error(f"{problem} -> {remedy}", found.shard, f"key {sample.key}")
-        return sample, found.region
+            raise self._error(f"{problem} -> {remedy}", found.place.shard, f"key {sample.key}")
+        return sample, found.place.region
 
-    def readable(self, number: int, usable: Callable[[int], bool] = lambda number: True) -> int:
-        """Number of the sample to take for a sample: itself, unless it is bad and substituted.
+    def find(
+        self, number: int, usable: Callable[[int], bool] = lambda number: True
+    ) -> tuple[int, StoredSample, int]:
+        """Find a sample, or the one that stands for it.
 
         Args:
             number: of the sample in the data set.
             usable: whether a sample may stand for another.
 
+        Returns:
+            The number of the sample to read, the sample, and its region.
+
         Raises:
             BadSampleError: it cannot be read and is not to be substituted, or too many were.
         """
-        if number in self._substitutes:
-            return self._substitutes[number]
+        number = self._substitutes.get(number, number)
         try:
-            self.sample(number)
+            return number, *self.sample(number)
         except BadSampleError as err:
             if self._bad.action == "raise":
                 raise
-            return self._substitute(number, usable, err)
-        return number
+            other = self._substitute(number, usable, err)
+        return other, *self.sample(other)
 
     def array(self, number: int, extension: str) -> tuple[int, np.dtype, int, int]:
         """Read the header of a one-dimensional `.npy` member of a sample.
@@ -137,8 +142,9 @@ class ShardReader:
         """
         sample, region = self.sample(number)
         offset, size = sample.members[extension]
-        member = _Window(self.region(region), offset)
-        shard, key = self._shard_of(number), f"key {sample.key}"
+        member = _Window(self.regions.view(region), offset)
+        block = int(np.searchsorted(self._block_ends, number, side="right"))
+        shard, key = self.regions.place(block).shard, f"key {sample.key}"
         try:
             np.lib.format.read_magic(member)
             shape, _, dtype = np.lib.format.read_array_header_1_0(member)
@@ -151,41 +157,23 @@ class ShardReader:
             raise self._error(f"{problem}, the schema says {expected}", shard, key)
         return region, dtype, offset + member.position, shape[0]
 
-    def region(self, number: int) -> memoryview:
-        """Map a region into memory, read-only."""
-        if number in self._regions:
-            self._regions.move_to_end(number)
-            return self._regions[number]
-        with open(self._index.shards[number].url, "rb") as file:
-            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        self._regions[number] = mapped
-        if len(self._regions) > OPEN_REGIONS:
-            self._regions.popitem(last=False)  # unmapped once the last view of it is gone
-        return mapped
-
-    def _shard_of(self, number: int) -> int:
-        block = np.searchsorted(self._block_ends, number, side="right")
-        return int(np.searchsorted(self._first_block, block, side="right")) - 1
-
     def _block(self, block: int) -> "_Block":
         if block in self._parsed:
             self._parsed.move_to_end(block)
             return self._parsed[block]
-        shard = int(np.searchsorted(self._first_block, block, side="right")) - 1
-        table = self._index.blocks
-        start = int(table[self._first_block[shard] : block, 1].sum(dtype=np.int64))
-        expected, num_bytes = (int(value) for value in table[block])
-        region = self.region(shard)
-        samples, error = read_samples(region, start, min(start + num_bytes, len(region)))
+        place, expected = self.regions.place(block), int(self._index.blocks[block, 0])
+        region = self.regions.view(place.region)
+        stop = min(place.start + place.num_bytes, len(region))
+        samples, error = read_samples(region, place.start, stop)
         problem = str(error)
         if error is None and len(samples) != expected:
             problem = (
-                f"the index says {expected} samples in the block at byte {start}, the shard holds "
-                f"{len(samples)} -> positions would shift -> restore the shard or prepare the "
-                "corpus again"
+                f"the index says {expected} samples in the block at byte {place.offset}, the shard "
+                f"holds {len(samples)} -> positions would shift -> restore the shard or prepare "
+                "the corpus again"
             )
             samples = []  # of another block than the index knows: none is the one asked for
-        found = self._parsed[block] = _Block(samples, problem, shard, shard)
+        found = self._parsed[block] = _Block(samples, problem, place)
         self._parsed_samples += len(samples)
         while self._parsed_samples * _ENTRY_BYTES > PARSED_BYTES and len(self._parsed) > 1:
             self._parsed_samples -= len(self._parsed.popitem(last=False)[1].samples)
@@ -227,8 +215,8 @@ class ShardReader:
         return BadSampleError(f"data set {self._index.path}: {problem} (shard {name}, {key})")
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the maps behind: the receiving process opens its own."""
-        return {**self.__dict__, "_regions": OrderedDict(), "_row": new_row()}
+        """Leave the counters behind, which belong to a process."""
+        return {**self.__dict__, "_row": new_row()}
 
 
 @dataclass(frozen=True)
@@ -237,8 +225,7 @@ class _Block:
 
     samples: list[StoredSample]
     problem: str
-    shard: int
-    region: int
+    place: Place
 
 
 class _Window:

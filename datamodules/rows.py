@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from datamodules.batch import IGNORED, TextBatch
+from datamodules.block_cache import BlockCache
 from datamodules.chunks import TokenChunks
 from datamodules.index import Index
 from datamodules.meter import Counter, Row, new_row
@@ -41,6 +42,7 @@ class TextRows:
         seed: key of the phases.
         bad_samples: what to do about chunks that cannot be read. Rows of the chunk that stands for
             another are taken in its place, again from the first where it has fewer.
+        cache: of blocks of shards that are not local tars.
 
     Attributes:
         identity: what a position in these rows depends on, for the stream's state.
@@ -59,9 +61,10 @@ class TextRows:
         document_mask: bool,
         seed: int,
         bad_samples: BadSamples = RAISE,
+        cache: BlockCache | None = None,
     ) -> None:
         self._length, self._document_mask, self._seed = sequence_length, document_mask, seed
-        self._chunks = TokenChunks(index, bad_samples, self._has_rows)
+        self._chunks = TokenChunks(index, bad_samples, cache, self._has_rows)
         self._dtype = self._chunks.dtype
         lengths = self._chunks.lengths
         self.identity: dict[str, Any] = {
@@ -150,7 +153,7 @@ class TextRows:
 
     def _every_row(self, region: int) -> NDArray:
         """View a region as all the rows that could begin at any of its tokens, without a copy."""
-        mapped, size = self._chunks.reader.region(region), self._dtype.itemsize
+        mapped, size = self._chunks.reader.regions.view(region), self._dtype.itemsize
         shape = (len(mapped) // size - self._length, self._length + 1)
         return np.ndarray(shape, self._dtype, mapped, strides=(size, size))
 

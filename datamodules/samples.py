@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from datamodules.block_cache import BlockCache
 from datamodules.index import Index
 from datamodules.meter import Counter, Row, new_row
 from datamodules.order import Int64Array, hash_key, splitmix64
@@ -47,6 +48,7 @@ class StoredSamples:
         codec: makes batches of members.
         seed: key of what is random.
         bad_samples: what to do about samples that cannot be read.
+        cache: of blocks of shards that are not local tars.
 
     Attributes:
         identity: what a position depends on, for the stream's state.
@@ -55,10 +57,16 @@ class StoredSamples:
     """
 
     def __init__(
-        self, index: Index, codec: Codec, *, seed: int, bad_samples: BadSamples = RAISE
+        self,
+        index: Index,
+        codec: Codec,
+        *,
+        seed: int,
+        bad_samples: BadSamples = RAISE,
+        cache: BlockCache | None = None,
     ) -> None:
         self._codec, self._seed = codec, seed
-        self._reader = ShardReader(index, bad_samples)
+        self._reader = ShardReader(index, bad_samples, cache)
         self.identity: dict[str, Any] = {"index_digest": index.digest}
         self.samples_per_block: Int64Array = index.blocks[:, 0].astype(np.int64)
         num_samples = max(1, int(self.samples_per_block.sum()))
@@ -73,7 +81,7 @@ class StoredSamples:
 
     def expect(self, blocks: Int64Array) -> None:
         """Begin to fetch some blocks, int64 [n], in this order, where they are not local."""
-        self._reader.expect(blocks)
+        self._reader.regions.expect(blocks)
 
     def plan(
         self, epochs: Int64Array | None, blocks: Int64Array, samples: Int64Array
@@ -92,8 +100,8 @@ class StoredSamples:
         self._codec.pad(batch, num_samples)
 
     def _read(self, number: int, epoch: int) -> Any:
-        sample, region = self._reader.sample(self._reader.readable(number))
-        content = self._reader.region(region)
+        _, sample, region = self._reader.find(number)
+        content = self._reader.regions.view(region)
         members = {
             name: content[offset : offset + size] for name, (offset, size) in sample.members.items()
         }

@@ -8,12 +8,17 @@ lost at each resume. Micro-batches counted by Lightning are put right by
 """
 
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
+from datamodules.block_cache import BlockCache
+from datamodules.index import Index, is_remote, is_sequential
 from datamodules.loader import EvaluationLoader, TrainLoader, order_of
-from datamodules.order import RunOrder
+from datamodules.order import RunOrder, count_lanes
+from datamodules.remote import Fetcher
 from datamodules.workers import SampleSource
 
 
@@ -35,6 +40,9 @@ class StreamDataModule(LightningDataModule):
             `pad_mask` (`datamodules.order.EpochsOrder`).
         seed: key of the order.
         val_max_samples: samples of a validation, evenly spread over the split; None takes all.
+        cache: of blocks of remote and compressed shards on this node's disk: `folder`, `gb`, and of
+            each process `num_connections`, `max_attempts` at reading a block, `timeout_s` for an
+            answer; `storage_options` of the fsspec file system.
     """
 
     def __init__(
@@ -49,13 +57,14 @@ class StreamDataModule(LightningDataModule):
         tail: str,
         seed: int,
         val_max_samples: int | None,
+        cache: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self._batch_samples, self._micro_batch = batch_samples, micro_batch
         self._max_samples, self._num_workers = max_samples, num_workers
         self._window_mb, self._tail, self._seed = window_mb, tail, seed
         self._repeat_first_batch = repeat_first_batch
-        self._val_max_samples = val_max_samples
+        self._val_max_samples, self._cache = val_max_samples, cache
         self._train_loader: TrainLoader | None = None
         self._stream_state: dict[str, Any] = {}
 
@@ -135,6 +144,37 @@ class StreamDataModule(LightningDataModule):
         self._stream_state = state_dict
         if self._train_loader is not None:
             self._train_loader.restore(state_dict)
+
+    def cache_for(self, index: Index) -> BlockCache | None:
+        """Give a cache for the shards of a data set, if they need one.
+
+        Raises:
+            ValueError: it is smaller than what the shuffle mixes at a time.
+        """
+        if not any(is_remote(shard.url) or is_sequential(shard.url) for shard in index.shards):
+            return None
+        lanes, max_bytes = count_lanes(self._batch_samples), int(self._cache["gb"] * 2**30)
+        # A lane's window begins and ends within blocks, and the next one is fetched ahead.
+        block = int(index.blocks[:, 1].max())
+        active = self._window_mb * 2**20 + 3 * lanes * block
+        if max_bytes < active:
+            raise ValueError(
+                f"datamodule.cache.gb={self._cache['gb']} -> the shuffle mixes {lanes} lanes in "
+                f"datamodule.window_mb={self._window_mb}, {active / 2**30:.3g} GiB with the blocks "
+                "at their edges -> raise the first, or lower the second"
+            )
+        ranks = self.trainer.num_devices if self.trainer is not None else 1
+        return BlockCache(
+            Path(self._cache["folder"]),
+            max_bytes=max_bytes,
+            num_readers=ranks * max(1, self._num_workers),
+            num_connections=self._cache["num_connections"],
+            fetcher=Fetcher(
+                storage_options=self._cache["storage_options"],
+                max_attempts=self._cache["max_attempts"],
+                timeout_s=self._cache["timeout_s"],
+            ),
+        )
 
     def _evaluation(self, split: str, max_samples: int | None) -> EvaluationLoader:
         return EvaluationLoader(

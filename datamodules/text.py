@@ -131,6 +131,7 @@ class TextDataModule(StreamDataModule):
             document_mask=self._document_mask,
             seed=self._seed,
             bad_samples=self._bad_samples,
+            cache=self.cache_for(index),
         )
 
     def _packed(self, index: Index) -> PackedRows:
@@ -143,6 +144,7 @@ class TextDataModule(StreamDataModule):
             sequence_length=self._sequence_length,
             end_token=end_token,
             bad_samples=self._bad_samples,
+            cache=self.cache_for(index),
         )
 
     @property

@@ -1,5 +1,6 @@
 """What may differ between two launches of one run, and what may not."""
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -8,8 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 FREE_KEYS = (
     "trainer.devices", "trainer.accelerator", "cluster", "strategy", "micro_batch",
     "activation_checkpointing", "trainer.timeout_s", "trainer.guard", "datamodule.num_workers",
+    "datamodule.on_bad_sample", "datamodule.max_bad_samples", "datamodule.cache",
     "logger", "runs_dir", "data_dir",
-    "corpus.path", "corpus.num_processes", "data.path", "data.settings",
+    "corpus.path", "corpus.sources.*.path", "corpus.num_processes", "corpus.storage_options",
+    "data.path", "data.settings", "data.sources.*.path",
     "checkpoint", "checkpoints", "resume", "plan",
 )  # fmt: skip
 LENGTH_KEYS = ("max_tokens", "max_samples", "max_steps")
@@ -59,4 +62,4 @@ def _flatten(config: DictConfig) -> dict[str, Any]:
 
 
 def _is_within(key: str, roots: tuple[str, ...]) -> bool:
-    return any(key == root or key.startswith(f"{root}.") for root in roots)
+    return any(fnmatchcase(key, root) or fnmatchcase(key, f"{root}.*") for root in roots)

@@ -27,7 +27,7 @@ def read_split(prepared: PreparedData, split: str) -> tuple[list[int], list[int]
         arrays = {}
         for name in ("tokens.npy", "ends.npy"):
             region, dtype, offset, count = reader.array(number, name)
-            arrays[name] = np.frombuffer(reader.region(region), dtype, count, offset)
+            arrays[name] = np.frombuffer(reader.regions.view(region), dtype, count, offset)
         ends += (arrays["ends.npy"] + len(tokens)).tolist()
         tokens += arrays["tokens.npy"].tolist()
         assert length == len(arrays["tokens.npy"])

@@ -64,19 +64,19 @@ def test_reader_finds_each_sample_in_any_sequence(
     firsts = np.cumsum([0, *chain(*lengths)])
     for number in np.random.default_rng(0).permutation(10).tolist():
         region, dtype, offset, length = reader.array(number, "tokens.npy")
-        tokens = np.frombuffer(reader.region(region), dtype, length, offset)
+        tokens = np.frombuffer(reader.regions.view(region), dtype, length, offset)
         assert tokens.tolist() == list(range(firsts[number], firsts[number + 1]))
 
 
 def test_reader_stays_within_its_bounds(
     make_dataset: Callable[..., Index], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("datamodules.reader.OPEN_REGIONS", 2)
+    monkeypatch.setattr("datamodules.regions.OPEN_SHARDS", 2)
     monkeypatch.setattr("datamodules.reader.PARSED_BYTES", 1500)
     reader = ShardReader(make_dataset(tmp_path / "train", [[100] * 4] * 5))
     for number in [*range(20), 3, 19]:
         reader.sample(number)
-        assert len(reader._regions) <= 2
+        assert len(reader.regions._shards) <= 2
         assert len(reader._parsed) <= 2
 
 

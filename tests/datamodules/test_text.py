@@ -48,6 +48,7 @@ def make_data(
             "max_bad_samples": 10,
             "seed": 7,
             "val_max_samples": None,
+            "cache": {},
         }
         return TextDataModule(**{**defaults, **settings})
 

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from trainers.callbacks.step_guard import StepGuard
+from trainers.data_rates import DataRates
 
 # Dense peak of matrix products in bf16, FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -31,9 +32,8 @@ class StepMetrics(Callback):
     Reads every `train/<name>` of the step's dictionary, and `loss` where it has no `train/loss`.
     Logs besides `train/lr`, `train/grad_norm` (before clipping; of several parts with `/<part>`
     behind), `train/skipped_steps` (those that `StepGuard` left out, since the run began),
-    `perf/samples_per_s`, `perf/tokens_per_s`, `perf/data_wait_s` (seconds of the interval spent
-    waiting for data),
-    `perf/peak_memory_mib` and, where the device's peak is known, `perf/mfu`:
+    `perf/samples_per_s`, `perf/tokens_per_s`, `perf/peak_memory_mib`, what `DataRates` says of
+    reading the data and, where the device's peak is known, `perf/mfu`:
 
         model FLOPs utilisation = flops_per_sample * samples_per_s / (ranks * peak FLOP/s)
 
@@ -62,6 +62,7 @@ class StepMetrics(Callback):
         self.total_samples, self.total_seconds = 0, 0.0
         self._sums: dict[str, torch.Tensor] = {}
         self._rates: dict[str, float] = {}
+        self._data = DataRates()
 
     @property
     def tokens_per_s(self) -> float:
@@ -71,7 +72,7 @@ class StepMetrics(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._mark, self._marked_step = time.perf_counter(), trainer.global_step
-        self._marked_wait = self._seconds_waited(trainer)
+        self._data.start(trainer)
         self._paused_at: float | None = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,26 +136,22 @@ class StepMetrics(Callback):
     def _throughput(
         self, trainer: Trainer, pl_module: LightningModule, step: int
     ) -> dict[str, float]:
-        now, waited = time.perf_counter(), self._seconds_waited(trainer)
-        seconds, samples = now - self._mark, (step - self._marked_step) * self.batch_samples
-        wait = waited - self._marked_wait
-        self._mark, self._marked_step, self._marked_wait = now, step, waited
+        now, num_steps = time.perf_counter(), step - self._marked_step
+        seconds, samples = now - self._mark, num_steps * self.batch_samples
+        self._mark, self._marked_step = now, step
         self.total_samples += samples
         self.total_seconds += seconds
         row = {
             "perf/samples_per_s": samples / seconds,
             "perf/tokens_per_s": samples * self.tokens_per_sample / seconds,
-            "perf/data_wait_s": wait,
             "perf/peak_memory_mib": peak_memory_mib(pl_module.device),
         }
+        row |= self._data.row(trainer, seconds=seconds, num_steps=num_steps)
         peak, flops_per_sample = peak_flops(pl_module.device), _flops_per_sample(pl_module)
         if peak and flops_per_sample:
             flops_per_s = flops_per_sample * samples / seconds
             row["perf/mfu"] = flops_per_s / (trainer.world_size * peak)
         return row
-
-    def _seconds_waited(self, trainer: Trainer) -> float:
-        return getattr(trainer.datamodule, "seconds_waited", 0.0)  # type: ignore[attr-defined]
 
 
 def _flops_per_sample(module: Any) -> float | None:
