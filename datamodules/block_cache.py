@@ -239,10 +239,9 @@ class _Blocks:
         self._blocks: OrderedDict[RemoteBlock, mmap.mmap | bytes] = OrderedDict()
 
     def find(self, block: RemoteBlock) -> mmap.mmap | bytes | None:
-        if block not in self._blocks:
-            return None
-        self._blocks.move_to_end(block)
-        return self._blocks[block]
+        if (content := self._blocks.get(block)) is not None:
+            self._blocks.move_to_end(block)
+        return content
 
     def add(self, block: RemoteBlock, content: mmap.mmap | bytes) -> None:
         if self._blocks.pop(block, None) is None:

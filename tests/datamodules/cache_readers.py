@@ -70,6 +70,13 @@ def make_cache(folder: Path, max_blocks: float, **settings: Any) -> BlockCache:
     return BlockCache(folder / "cache", max_bytes=int(max_blocks * BLOCK_BYTES), **chosen)
 
 
+def counts(cache: BlockCache) -> tuple[int, int, int, int]:
+    """Hits, misses, uncached and fetched blocks of this process."""
+    found = cache.counters
+    assert found.fetched_bytes % BLOCK_BYTES == 0
+    return found.hits, found.misses, found.uncached, found.fetched_bytes // BLOCK_BYTES
+
+
 def wait_until(happened: Callable[[], bool]) -> None:
     for _ in range(6000):
         if happened():

@@ -84,6 +84,10 @@ class ObjectStore:
         start_response("503 Service Unavailable", headers)
         return [body]
 
+    def _too_many(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Answer:
+        start_response("429 Too Many Requests", [("Content-Length", "0")])
+        return []
+
     def _forbidden(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Answer:
         body = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
         headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]

@@ -75,8 +75,10 @@ def test_ranges_are_exact(store: ObjectStore, fetchers: dict[str, Fetcher], sche
     assert pickle.loads(pickle.dumps(fetcher)).fetch(block) == CONTENT
 
 
-@pytest.mark.parametrize("scheme", ["s3", "http"])
-@pytest.mark.parametrize("fault", PASSING)
+@pytest.mark.parametrize(
+    ("scheme", "fault"),
+    [*((scheme, fault) for scheme in ("s3", "http") for fault in PASSING), ("http", "too_many")],
+)
 def test_failure_that_passes_is_tried_again(
     store: ObjectStore,
     fetchers: dict[str, Fetcher],
