@@ -23,6 +23,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from datamodules.remote import is_remote
+
 INDEX_VERSION = 2
 INDEX_FILE, ORIGIN_FILE = "index.json", "origin"
 BLOCKS, LENGTHS, CHECKSUMS, DOCUMENTS = (
@@ -216,16 +218,6 @@ def join_indexes(indexes: Sequence[Index]) -> Index:
         checksums=np.concatenate([index.checksums for index in indexes]),
         documents=np.concatenate([index.documents for index in indexes]),
     )
-
-
-def is_remote(url: str) -> bool:
-    """Whether a shard is no local file: it has a scheme, as `s3://`, or is `pipe:`."""
-    return "://" in url or url.startswith("pipe:")
-
-
-def is_sequential(url: str) -> bool:
-    """Whether a shard can only be read from its begin to its end, as one block."""
-    return url.startswith("pipe:") or url.endswith((".gz", ".tgz"))
 
 
 def _locate(base: str, url: str) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.corpora import FACTS_FILE, TOKENIZER_FILE, PreparedData
-from datamodules.index import INDEX_FILE, ORIGIN_FILE, digest_bytes, is_remote, write_atomically
+from datamodules.index import INDEX_FILE, ORIGIN_FILE, digest_bytes, write_atomically
+from datamodules.remote import is_remote
 
 
 @dataclass(frozen=True, kw_only=True)

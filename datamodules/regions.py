@@ -13,10 +13,10 @@ from functools import partial
 import numpy as np
 
 from datamodules.block_cache import BlockCache
-from datamodules.index import Index, checksum, is_remote, is_sequential
+from datamodules.index import Index, checksum
 from datamodules.meter import Counter, Row, new_row
 from datamodules.order import Int64Array
-from datamodules.remote import RemoteBlock
+from datamodules.remote import RemoteBlock, is_remote, is_sequential
 from datamodules.tar import read_samples
 
 OPEN_SHARDS = 256

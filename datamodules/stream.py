@@ -15,10 +15,10 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from datamodules.block_cache import BlockCache
-from datamodules.index import Index, is_remote, is_sequential
+from datamodules.index import Index
 from datamodules.loader import EvaluationLoader, TrainLoader, order_of
 from datamodules.order import RunOrder, count_lanes
-from datamodules.remote import Fetcher
+from datamodules.remote import Fetcher, is_remote, is_sequential
 from datamodules.workers import SampleSource
 
 
