@@ -43,7 +43,7 @@ class StoredSample:
     Attributes:
         key: name of the sample in its shard.
         start: offset of its first header, in bytes.
-        stop: offset of the next sample's, or of what ends the block.
+        stop: offset of what follows its last member, in bytes.
         members: extension -> (offset, size) of the content, in bytes.
         repeated: names of members that it has twice.
     """
@@ -93,7 +93,7 @@ def read_members(tar: Any, start: int, stop: int) -> Iterator[Member]:
                 name = pax.get("path") or long_name or _ustar_name(header)
                 yield Member(name, first, data, size)
             long_name, pax, first = None, {}, None
-        offset = data + -(-size // _TAR_BLOCK) * _TAR_BLOCK
+        offset = data + _padded(size)
 
 
 def read_samples(
@@ -118,18 +118,15 @@ def read_samples(
                 continue
             key, extension = match.group(1), match.group(2).lower()
             if not samples or samples[-1].key != key:
-                if samples:
-                    samples[-1].stop = member.start
                 samples.append(StoredSample(key, member.start))
             if extension in samples[-1].members:
                 samples[-1].repeated.append(member.name)
             samples[-1].members[extension] = (member.offset, member.size)
+            samples[-1].stop = member.offset + _padded(member.size)
     except BadSampleError as reason:
         error = reason
     except ValueError as reason:  # a number or a name in an extended header
         error = BadSampleError(f"a damaged tar header ({reason}) -> restore the shard")
-    if samples:
-        samples[-1].stop = stop
     return samples, error
 
 
@@ -150,6 +147,10 @@ def check_members(sample: StoredSample, schema: dict[str, dict[str, str]]) -> No
             f"a sample at byte {sample.start} lacks {sorted(missing)} of the schema -> it cannot "
             "be read -> restore the shard or prepare again"
         )
+
+
+def _padded(size: int) -> int:
+    return -(-size // _TAR_BLOCK) * _TAR_BLOCK
 
 
 def _checked_size(header: bytes, offset: int) -> int:
