@@ -17,7 +17,7 @@ from datamodules.index import ShardFacts, read_index, write_index
 from datamodules.loader import TrainLoader
 from datamodules.prepared import PreparedCorpus
 from datamodules.text import TextDataModule
-from tests.datamodules.object_store import ObjectStore
+from tests.datamodules.object_store import BUCKET, ObjectStore
 
 FAULTS = ["unavailable", "reset", "truncated", "corrupt"]
 STREAM: dict[str, Any] = {
@@ -74,8 +74,8 @@ def uploaded(corpus: Corpus, store: ObjectStore, tmp_path: Path) -> tuple[Prepar
     """The corpus in the object store, and its name there."""
     path = corpus.prepare(tmp_path / "data").path
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        url = store.put(f"{path.name}/{file.relative_to(path).as_posix()}", file.read_bytes())
-    root = url[: url.index(path.name) + len(path.name)]
+        store.put(f"{path.name}/{file.relative_to(path).as_posix()}", file.read_bytes())
+    root = f"s3://{BUCKET}/{path.name}"
     options = {**store.options, "skip_instance_cache": True}
     return PreparedCorpus(name="copy", path=root, storage_options=options), path.name
 
