@@ -135,8 +135,10 @@ class BlockCache:
         with own.lock:
             own.calls += 1
             for block, check in blocks:
-                if block not in own.ahead and own.used.find(block) is None:
-                    own.ahead[block] = _Ahead(check, own.calls)
+                if block in own.ahead:
+                    own.ahead[block].last_call = own.calls
+                elif own.used.find(block) is None:
+                    own.ahead[block] = _Ahead(check, own.calls, own.calls)
         self._work_ahead(own)
 
     def _own(self) -> "_Process":
@@ -145,7 +147,7 @@ class BlockCache:
             own = _Process(self._used_bytes, self._num_connections)
             own = self._processes.setdefault(pid, own)
             for other in self._processes.keys() - {pid}:
-                del self._processes[other]  # copies, by fork, of maps that the parent has
+                self._processes.pop(other, None)  # copies, by fork, of maps that the parent has
         return own
 
     def _obtain(
@@ -196,10 +198,13 @@ class BlockCache:
             block, ahead = expected
             try:
                 content, _ = self._obtain(own, block, ahead.check)
+                has_room = isinstance(content, mmap.mmap)
             except Exception as err:
                 log.debug("not fetched ahead: %s", err)  # `get` will meet it and raise it
-                content = None
+                content, has_room = None, True
             with own.lock:
+                if not has_room:  # nor is there for others, and looking for some takes time
+                    own.forget_waiting()
                 if own.ahead.get(block) is ahead:
                     if isinstance(content, mmap.mmap):
                         ahead.content = content
@@ -220,13 +225,15 @@ class _Ahead:
 
     Attributes:
         check: of its bytes.
-        call: number of the call of `expect`.
+        first_call: number of the call of `expect` that expected it first.
+        last_call: number of the one that did so last.
         begun: whether it is being fetched, or has been.
         content: its map, once it has been.
     """
 
     check: Check
-    call: int
+    first_call: int
+    last_call: int
     begun: bool = False
     content: mmap.mmap | None = None
 
@@ -272,10 +279,14 @@ class _Process:
         """Give a block that has been fetched ahead, and forget what was expected before it."""
         if (ahead := self.ahead.get(block)) is None:
             return None
-        for other in [b for b, entry in self.ahead.items() if entry.call < ahead.call]:
+        for other in [b for b, entry in self.ahead.items() if entry.last_call < ahead.first_call]:
             self.forget_ahead(other)
         self.forget_ahead(block)
         return ahead.content
+
+    def forget_waiting(self) -> None:
+        for block in [b for b, entry in self.ahead.items() if not entry.begun]:
+            self.forget_ahead(block)
 
     def forget_ahead(self, block: RemoteBlock) -> None:
         if self.ahead.pop(block).begun:

@@ -40,6 +40,9 @@ _EXTRAS = {
 }
 """Extras of this project that bring the package of a scheme."""
 
+_S3_CONNECTIONS = 64
+"""More than are asked for at once: those beyond would wait, and time out before they begin."""
+
 _PASSING_STATUSES = {408, 425, 429}  # of those from 400 to 499, which else tell of a wrong request
 
 log = logging.getLogger(__name__)
@@ -214,8 +217,12 @@ def _make_system(scheme: str, options: dict[str, Any], timeout_s: float) -> Asyn
     try:
         kind = fsspec.get_filesystem_class(scheme)
         if scheme in ("s3", "s3a"):
-            limits = {"connect_timeout": timeout_s, "read_timeout": timeout_s}
-            config = {"retries": {"total_max_attempts": 1}, **limits}
+            config = {
+                "retries": {"total_max_attempts": 1},
+                "connect_timeout": timeout_s,
+                "read_timeout": timeout_s,
+                "max_pool_connections": _S3_CONNECTIONS,
+            }
             config |= options.get("config_kwargs", {})
             options = {**options, "config_kwargs": config}
         system = kind(**options, skip_instance_cache=True)

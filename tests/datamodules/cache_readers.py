@@ -87,9 +87,10 @@ def wait_until(happened: Callable[[], bool]) -> None:
 
 @dataclass(frozen=True)
 class Folder:
-    """What a cache's folder holds, seen while nothing in it changes."""
+    """What a cache's folder holds and is noted to, seen while nothing in it changes."""
 
     num_bytes: int
+    noted_bytes: int
     num_done: int
     num_parts: int
 
@@ -97,12 +98,13 @@ class Folder:
 def look(cache_folder: Path) -> Folder:
     with (cache_folder / "accounts").open("rb") as accounts:
         fcntl.flock(accounts, fcntl.LOCK_SH)
+        noted_bytes = int(accounts.read())
         sizes = {path: path.stat().st_size for path in cache_folder.iterdir()}
         fcntl.flock(accounts, fcntl.LOCK_UN)
     suffixes = Counter(path.suffix for path in sizes)
     assert set(suffixes) <= {"", ".block", ".part"}
     num_bytes = sum(size for path, size in sizes.items() if path.suffix)
-    return Folder(num_bytes, suffixes[".block"], suffixes[".part"])
+    return Folder(num_bytes, noted_bytes, suffixes[".block"], suffixes[".part"])
 
 
 def start(target: Callable[..., None], *args: Any, method: str = "fork") -> BaseProcess:

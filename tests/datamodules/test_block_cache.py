@@ -101,7 +101,7 @@ def test_blocks_pass_by_a_cache_that_is_all_in_use(
         found = cache.get(block(number), trust)
         assert isinstance(found, bytes)
         assert found == content_of(block(number))
-    assert sorted(noting.begun()) == [0, 1, 2, 3]
+    assert noting.begun() == [0, 1, 2, 3]
     assert counts(cache) == (0, 4, 2, 4)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "all that is in it is in use" in caplog.text
@@ -155,6 +155,19 @@ def test_fetching_ahead_stays_within_its_share(tmp_path: Path, noting: NotingFet
     cache.get(block(30), trust)
     wait_until(lambda: {31, 32, 33, 34} <= set(noting.begun()))
     assert set(noting.begun()) == {0, 1, 2, 3, 4, *range(30, 35)}
+
+
+def test_block_expected_again_stays_expected(tmp_path: Path, noting: NotingFetcher) -> None:
+    cache = make_cache(tmp_path, 40, num_connections=1)
+    for numbers in ([0, 1, 2], [1, 3]):
+        cache.expect([(block(number), trust) for number in numbers])
+    wait_until(lambda: look(tmp_path / "cache").num_done == 4)
+    cache.get(block(3), trust)  # 0 and 2 have been passed
+    ahead = cache._own().ahead
+    assert [expected.offset // BLOCK_BYTES for expected in ahead] == [1]
+    cache.get(block(1), trust)
+    assert not ahead
+    assert cache._own().ahead_bytes == 0
 
 
 def test_requests_of_a_process_are_bounded(tmp_path: Path, noting: NotingFetcher) -> None:

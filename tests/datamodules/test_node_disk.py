@@ -88,6 +88,22 @@ def test_processes_fetch_each_block_once(tmp_path: Path, noting: NotingFetcher) 
     assert sorted(noting.begun()) == order
 
 
+def test_block_finished_by_another_meanwhile_is_taken(
+    tmp_path: Path, noting: NotingFetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = NodeDisk._claim
+
+    def claim_late(disk: NodeDisk, name: str) -> int | None:
+        monkeypatch.setattr(NodeDisk, "_claim", claim)
+        make_cache(tmp_path, 100).get(block(0), trust)
+        return disk._claim(name)
+
+    monkeypatch.setattr(NodeDisk, "_claim", claim_late)
+    assert bytes(make_cache(tmp_path, 100).get(block(0), trust)) == content_of(block(0))
+    assert noting.begun() == [0]
+    assert look(tmp_path / "cache").num_parts == 0
+
+
 def test_killed_process_leaves_nothing_behind(tmp_path: Path, noting: NotingFetcher) -> None:
     cache = make_cache(tmp_path, 3, num_readers=9)
     victim = start(read_and_hold, cache, [0], tmp_path / "done")
@@ -102,7 +118,8 @@ def test_killed_process_leaves_nothing_behind(tmp_path: Path, noting: NotingFetc
         os.kill(process.pid, signal.SIGKILL)
         process.join()
     wait_until(lambda: noting.begun().count(1) == 2)  # the heir fetches it
-    assert look(tmp_path / "cache").num_bytes == 2 * BLOCK_BYTES
+    found = look(tmp_path / "cache")
+    assert (found.num_bytes, found.noted_bytes) == (2 * BLOCK_BYTES, 2 * BLOCK_BYTES)
     assert heir.pid is not None
     os.kill(heir.pid, signal.SIGKILL)
     heir.join()
@@ -144,6 +161,7 @@ def test_full_disk_is_no_cache(
     for number in (1, 2, 1):
         assert cache.get(block(number), trust) == content_of(block(number))
     cache.expect([(block(7), trust)])
+    wait_until(lambda: cache._own().num_threads == 0)
     assert noting.begun() == [0, 1, 2]
     assert counts(cache) == (0, 3, 2, 3)
     assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == [

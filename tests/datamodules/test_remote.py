@@ -94,10 +94,15 @@ def test_failure_that_passes_is_tried_again(
     block = RemoteBlock(url, 1000, 50_000, "")
     assert fetcher.fetch(block) == CONTENT[1000:51_000]
     store.faults[key] = [fault]
+    retries: list[int] = []
+
+    def on_retry() -> None:
+        monkeypatch.setattr(fetcher, "_timeout_s", 60.0)
+        retries.append(1)
+
     if fault == "slow":
         monkeypatch.setattr(fetcher, "_timeout_s", 0.5)
-    retries: list[int] = []
-    assert fetcher.fetch(block, check, lambda: retries.append(1)) == CONTENT[1000:51_000]
+    assert fetcher.fetch(block, check, on_retry) == CONTENT[1000:51_000]
     assert store.reads[key] == 3
     # aiohttp itself repeats what was sent on a kept connection that turns out to be closed.
     assert len(retries) == (fault != "reset")
