@@ -1,6 +1,8 @@
 """The other verbs, on the checkpoints of small runs."""
 
+import gzip
 import json
+import re
 import subprocess
 import sys
 
@@ -66,6 +68,23 @@ def test_prepare_prints_what_is_there(text_file, tmp_path, compose, capfd):
     assert str(tmp_path) in capfd.readouterr().out
     (tokenizer,) = tmp_path.glob("*/tokenizer.json")
     assert Tokenizer.from_file(str(tokenizer)).get_vocab_size() <= 300
+
+
+def test_prepare_cleans_and_prints_what_it_removed(tmp_path, compose, capfd):
+    texts = [f"document number {n} says what no other says" for n in range(40)]
+    texts += [texts[0], "line that repeats\n" * 20]
+    path = tmp_path / "texts.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    overrides = ["corpus=text", f"corpus.path={path}", f"data_dir={tmp_path}"]
+    overrides += ["corpus.tokenizer=byte", "corpus.val_fraction=0.2", "corpus.test_fraction=0"]
+    options = ["corpus/clean=gopher", "corpus.clean.near_duplicates.ngram=2"]
+    prepare(compose("prepare", [*overrides, *options]))
+    printed = capfd.readouterr().out
+    assert re.search(r"exact_duplicates\W+removed\W+1\b", printed)
+    assert re.search(r"max_repeated_lines\W+removed\W+1\b", printed)
+    with pytest.raises(ValueError, match=r"corpus.clean.normalize=nfc -> "):
+        prepare(compose("prepare", [*overrides, "corpus.clean.normalize=nfc"]))
 
 
 def test_wandb_continues_under_one_id(small_run, train, monkeypatch, tmp_path):
