@@ -142,7 +142,7 @@ def _is_indexed(folder: Path, shards: list[tuple[str, int]]) -> bool:
 
 
 def _read_shard(task: ShardTask) -> None:
-    with _open_archive(task.path) as archive:
+    with open_archive(task.path) as archive:
         samples = _find_samples(archive, task.path)
         is_whole = task.path.suffix != ".tar"
         blocks = [] if is_whole else _cut_blocks(samples)
@@ -169,7 +169,7 @@ def _is_read(task: ShardTask) -> bool:
 
 
 @contextmanager
-def _open_archive(path: Path) -> Iterator[memoryview]:
+def open_archive(path: Path) -> Iterator[memoryview]:
     """Map an archive into memory, decompressed in a temporary file where it is compressed."""
     with path.open("rb") as raw, tempfile.TemporaryFile() as unpacked:
         file = raw
@@ -178,13 +178,13 @@ def _open_archive(path: Path) -> Iterator[memoryview]:
                 shutil.copyfileobj(gzip.GzipFile(fileobj=raw), unpacked, 2**20)
             except (EOFError, gzip.BadGzipFile, zlib.error) as err:
                 raise ValueError(
-                    f"index={path} -> cannot be decompressed after {unpacked.tell()} bytes of the "
+                    f"shard {path} -> cannot be decompressed after {unpacked.tell()} bytes of the "
                     f"archive ({err}) -> it is damaged or cut short: restore it"
                 ) from err
             unpacked.flush()
             file = unpacked
         if not os.fstat(file.fileno()).st_size:
-            raise ValueError(f"index={path} -> the file is empty -> restore it, or leave it out")
+            raise ValueError(f"shard {path} -> the file is empty -> restore it, or leave it out")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with mapped, memoryview(mapped) as archive:
             yield archive

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from datamodules.foreign import open_archive
 from datamodules.index import INDEX_FILE, Index, digest_file, is_remote, read_index
 from datamodules.processes import run_tasks
-from datamodules.reader import ShardReader
+from datamodules.tar import StoredSample, read_samples
 from datamodules.tokenization import load_tokenizer
 from datamodules.units import SPLITS
 
@@ -70,40 +71,46 @@ def print_data(path: Path) -> None:
 
 
 def _print_counts(indexes: list[Index]) -> None:
-    columns = ("data set", "shards", "samples", "bytes", "length of a sample", "documents")
-    table = Table(*columns)
+    table = Table("data set", "shards", "samples", "documents", "bytes")
+    lines = []
     for index in indexes:
-        lengths = index.lengths
+        name, lengths = index.path.resolve().name, index.lengths
         unit = "tokens" if index.tokenizer else "bytes"
-        marks = (lengths.min(), int(np.median(lengths)), lengths.max()) if len(lengths) else ()
         table.add_row(
-            index.path.resolve().name,
+            name,
             f"{len(index.shards):,}",
             f"{len(lengths):,}",
-            f"{sum(shard.num_bytes for shard in index.shards):,}",
-            " / ".join(f"{mark:,}" for mark in marks) + f" {unit}",
             f"{len(index.documents):,}" if index.tokenizer else "",
+            f"{sum(shard.num_bytes for shard in index.shards):,}",
         )
+        if len(lengths):
+            ends, middle = f"{lengths.min():,} to {lengths.max():,}", int(np.median(lengths))
+            lines.append(f"{name}: {ends} {unit} a sample, median {middle:,}")
+        members = [f"{e} (optional)" if "optional" in c else e for e, c in index.schema.items()]
+        lines.append(f"{name}: {', '.join(members)}")
     console = Console()
     console.print(table)
-    console.print("length: least / median / largest", highlight=False)
-    for index in indexes:
-        members = [f"{e} (optional)" if "optional" in c else e for e, c in index.schema.items()]
-        text = f"{index.path.resolve().name}: {', '.join(members)}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_samples(index: Index) -> None:
-    """Print the first sample of a data set, the middle one and the last."""
+    """Print the first sample of a data set, the middle one and the last, where they are local."""
     num_samples = len(index.lengths)
     tokenizer = None
     if index.tokenizer is not None:
         tokenizer = load_tokenizer(index.path / index.tokenizer)
-    reader, console = ShardReader(index), Console()
+    stops = np.cumsum([shard.num_samples for shard in index.shards])
     for number in sorted({0, num_samples // 2, num_samples - 1} if num_samples else ()):
-        lines = [f"{index.path.resolve().name}, sample {number}: {reader.sample(number)[0].key}"]
-        lines += _describe(reader, number, tokenizer)
-        console.print("\n  ".join(lines), markup=False, highlight=False, soft_wrap=True)
+        place = int(np.searchsorted(stops, number, side="right"))
+        shard = index.shards[place]
+        if is_remote(shard.url):
+            continue
+        with open_archive(Path(shard.url)) as archive:
+            samples, _ = read_samples(archive, 0, len(archive))
+            sample = samples[number - int(stops[place]) + shard.num_samples]
+            lines = [f"{index.path.resolve().name}, sample {number}: {sample.key}"]
+            lines += _describe(archive, sample, tokenizer)
+        Console().print("\n  ".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _files(index: Index) -> list[FileTask]:
@@ -123,12 +130,11 @@ def _hash(task: FileTask) -> bool:
     return digest_file(task.path) == task.digest
 
 
-def _describe(reader: ShardReader, number: int, tokenizer: Tokenizer | None) -> list[str]:
+def _describe(archive: memoryview, sample: StoredSample, tokenizer: Tokenizer | None) -> list[str]:
     """Name, size and something of the content of each member of a sample."""
-    sample, region = reader.sample(number)
     lines = []
     for extension, (offset, size) in sample.members.items():
-        content = bytes(reader.region(region)[offset : offset + size])
+        content = bytes(archive[offset : offset + size])
         codec, shown = extension.rpartition(".")[2], ""
         if codec in _TEXTS:
             shown = repr(content.decode(errors="replace"))

@@ -181,8 +181,8 @@ def test_killed_indexing_is_finished_by_the_next(
     assert len(list(tmp_path.glob("index.units/*.json"))) == 3
     write_tar(paths[1], make_members(1, num_samples=7))  # changed meanwhile
     read: list[str] = []
-    open_archive = foreign._open_archive
-    monkeypatch.setattr(foreign, "_open_archive", lambda p: read.append(p.name) or open_archive(p))
+    open_archive = foreign.open_archive
+    monkeypatch.setattr(foreign, "open_archive", lambda p: read.append(p.name) or open_archive(p))
     index_shards(str(tmp_path), None, 1)
     assert read == ["1.tar", "3.tar", "4.tar", "5.tar"]
     assert len(read_ours(read_index(tmp_path))) == 6 * 8 - 1

@@ -1,4 +1,6 @@
+import io
 import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 
 from datamodules import index as index_module
 from datamodules.corpora import Corpus, PreparedData
+from datamodules.foreign import index_shards
 from datamodules.index import Index, read_index, write_index
 from datamodules.inspection import inspect_data
 from datamodules.write import ShardWriter
@@ -28,15 +31,15 @@ def test_corpus_is_shown_by_split(
         cells = [cell.strip() for cell in row.split("│")[1:-1]]
         lengths = sorted(index.lengths.tolist())
         middle = int(np.median(lengths))
-        marks = f"{lengths[0]:,} / {middle:,} / {lengths[-1]:,} tokens"
+        marks = f"{lengths[0]:,} to {lengths[-1]:,} tokens a sample, median {middle:,}\n"
+        assert f"{split}: {marks}" in printed
         size = sum(file.stat().st_size for file in (prepared.path / split).glob("*.tar"))
         assert cells == [
             split,
             str(len(index.shards)),
             str(len(lengths)),
-            f"{size:,}",
-            marks,
             str(prepared.facts["documents"][split]),
+            f"{size:,}",
         ]
         assert f"{split}, sample 0: 000000" in printed
     assert "│ test" not in printed
@@ -90,6 +93,20 @@ def test_bad_files_are_named(
         monkeypatch.setattr(index_module, "CHECKED_BYTES", 0)
     with pytest.raises(ValueError, match=rf"(?s)(?=.*{re.escape(name)}).* -> .* -> "):
         inspect_data(str(tmp_path / "corpus"), 1)
+
+
+def test_compressed_shards_are_inspected_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar.gz", "w:gz") as tar:
+            for name in "ab":
+                entry = tarfile.TarInfo(f"{name}{number}.txt")
+                entry.size = 5
+                tar.addfile(entry, io.BytesIO(b"text" + name.encode()))
+    index_shards(str(tmp_path), None, 1)
+    inspect_data(str(tmp_path), 1)
+    printed = capsys.readouterr().out
+    for line in ("sample 0: a0", "sample 2: a1", "sample 3: b1", "txt, 5 bytes: 'textb'"):
+        assert line in printed
 
 
 def test_folder_without_an_index_is_refused(tmp_path: Path) -> None:
