@@ -21,7 +21,6 @@ from datamodules.cleaning import Cleaning, parse_cleaning
 from datamodules.facts import FACTS_FILE, TOKENIZER_FILE, PreparedData
 from datamodules.index import digest_bytes, write_atomically, write_index
 from datamodules.lines import suffix_of
-from datamodules.facts import FACTS_FILE, TOKENIZER_FILE, PreparedData
 from datamodules.selection import Unit, select_documents
 from datamodules.sources import (
     RECORDS,

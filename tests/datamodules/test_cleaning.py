@@ -101,7 +101,7 @@ def test_nothing_on_is_no_cleaning() -> None:
         ({"exact_duplicates": "yes"}, r"exact_duplicates=yes -> .* give true or false"),
         ({"near_duplicates": True}, r"near_duplicates=True -> .* give threshold, num_perm"),
         ({"near_duplicates": {"threshold": 0.8}}, r"give num_permutations, ngram too"),
-        ({"near_duplicates": {"thresholds": 0.8}}, r"near_duplicates.threshhold_.*mean threshold\?"),
+        ({"near_duplicates": {"thresholds": 0.8}}, r"near_duplicates.thresholds.*mean threshold\?"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:

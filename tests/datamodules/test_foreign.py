@@ -55,7 +55,7 @@ def read_ours(index: Index) -> list[dict[str, bytes | str]]:
     reader, samples = ShardReader(index), []
     for number in range(len(index.lengths)):
         sample, region = reader.sample(number)
-        content = reader.region(region)
+        content = reader.regions.view(region)
         members = {name: bytes(content[at : at + n]) for name, (at, n) in sample.members.items()}
         samples.append({"__key__": sample.key, **members})
     return samples
