@@ -31,6 +31,7 @@ from datamodules.index import (
     write_index,
 )
 from datamodules.processes import run_tasks
+from datamodules.remote import is_sequential
 from datamodules.tar import BadSampleError, StoredSample, check_members, read_samples
 from datamodules.write import BLOCK_BYTES
 
@@ -144,10 +145,11 @@ def _is_indexed(folder: Path, shards: list[tuple[str, int]]) -> bool:
 def _read_shard(task: ShardTask) -> None:
     with open_archive(task.path) as archive:
         samples = _find_samples(archive, task.path)
-        is_whole = task.path.suffix != ".tar"
-        blocks = [] if is_whole else _cut_blocks(samples)
-        if is_whole and samples:
-            blocks = [(len(samples), samples[-1].stop)]
+        if is_sequential(task.url) and samples:
+            samples[-1].stop = len(archive)  # the block is the whole archive, its end included
+            blocks = [(len(samples), len(archive))]
+        else:
+            blocks = _cut_blocks(samples)
         lengths = [sum(size for _, size in sample.members.values()) for sample in samples]
         checksums = [checksum(archive[s.start : s.stop]) for s in samples]
     if max((num_bytes for _, num_bytes in blocks), default=0) > _LARGEST:
@@ -173,7 +175,7 @@ def open_archive(path: Path) -> Iterator[memoryview]:
     """Map an archive into memory, decompressed in a temporary file where it is compressed."""
     with path.open("rb") as raw, tempfile.TemporaryFile() as unpacked:
         file = raw
-        if path.suffix != ".tar":
+        if is_sequential(path.name):
             try:
                 shutil.copyfileobj(gzip.GzipFile(fileobj=raw), unpacked, 2**20)
             except (EOFError, gzip.BadGzipFile, zlib.error) as err:
