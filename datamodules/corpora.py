@@ -9,25 +9,26 @@ import fcntl
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from datamodules.cleaning import Cleaning, parse_cleaning
+from datamodules.facts import FACTS_FILE, TOKENIZER_FILE, PreparedData
 from datamodules.index import digest_bytes, write_atomically, write_index
+from datamodules.lines import suffix_of
+from datamodules.selection import Unit, select_documents
 from datamodules.sources import (
+    RECORDS,
     STDLIB,
-    Piece,
     SourceFile,
     digest_sources,
     list_files,
     plan_units,
-    read_documents,
 )
 from datamodules.tokenization import BPE, BYTE, CHAR, build_tokenizer, load_tokenizer
 from datamodules.units import (
@@ -41,7 +42,7 @@ from datamodules.units import (
 )
 
 FORMAT_VERSION = 2
-TOKENIZER_FILE, FACTS_FILE, UNITS_FOLDER = "tokenizer.json", "dataset.json", "units"
+UNITS_FOLDER = "units"
 _DIGEST_CACHE = ".source_digests.json"
 
 BPE_TRAINING_BYTES = 256 * 2**20
@@ -49,36 +50,6 @@ BPE_TRAINING_BYTES = 256 * 2**20
 merges, and the trainer holds its words in memory."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """Prepared data and what a run needs to know of it.
-
-    Attributes:
-        path: folder with `tokenizer.json`, `dataset.json` and a data set per split.
-        facts: `path`, `digest`, `vocab_size`, `end_token` (number, or None for a corpus of one
-            document), and by split `bytes_per_token`, `documents`, `tokens`, `bytes`, `shards`.
-    """
-
-    path: Path
-    facts: dict[str, Any]
-
-    def print_summary(self) -> None:
-        """Print what each split holds, the size of the vocabulary, and where the data lies."""
-        table = Table("split", "documents", "tokens", "bytes a token", "shards")
-        for split, num_shards in self.facts["shards"].items():
-            table.add_row(
-                split,
-                f"{self.facts['documents'][split]:,}",
-                f"{self.facts['tokens'][split]:,}",
-                f"{self.facts['bytes_per_token'][split]:.2f}",
-                str(num_shards),
-            )
-        console = Console()
-        console.print(table)
-        console.print(f"vocabulary: {self.facts['vocab_size']:,} tokens")
-        console.print(f"path: {self.path}", soft_wrap=True, highlight=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +62,8 @@ class Corpus:
 
     Args:
         name: of the corpus, the first part of the name of its folder.
-        path: text file, folder, `.jsonl`, `.parquet`, or `builtin:stdlib`, the source of the Python
-            standard library of this interpreter without its tests.
+        path: text file, folder, `.jsonl` (also `.gz`, `.zst`), `.parquet`, or `builtin:stdlib`, the
+            source of the Python standard library of this interpreter without its tests.
         suffixes: endings of the files that count in a folder.
         text_key: field of a JSONL or Parquet record that holds the text.
         tokenizer: `byte`, `char`, `bpe`, or the path of a `tokenizer.json`.
@@ -104,6 +75,8 @@ class Corpus:
         shard_mb: source text of a shard, in MiB.
         num_processes: processes that encode; None takes a process per core.
         seed: key of the assignment to splits.
+        clean: steps of `datamodules.cleaning.Cleaning`. The one setting with a default: the
+            configurations of earlier runs lack it.
     """
 
     name: str
@@ -119,6 +92,7 @@ class Corpus:
     shard_mb: float
     num_processes: int | None
     seed: int
+    clean: Mapping[str, Any] | None = None
 
     def prepare(self, data_dir: str | Path) -> PreparedData:
         """Prepare the corpus below `data_dir`, or find it there.
@@ -133,6 +107,7 @@ class Corpus:
                 setting is impossible; the message names the key.
         """
         self._check_fractions()
+        self._check_cleaning()
         data_dir = Path(data_dir)
         files = list_files(str(self.path), list(self.suffixes))
         digest = self._digest(digest_sources(files, data_dir / _DIGEST_CACHE))
@@ -153,6 +128,17 @@ class Corpus:
                 f"{self.test_fraction} -> nothing is left to train on -> their sum must be below 1"
             )
 
+    def _check_cleaning(self) -> None:
+        if self._cleaning is not None and self._is_one_document:
+            raise ValueError(
+                f"corpus.clean={self._cleaning.settings} -> {self.path} is one document, which is "
+                "cut as it is -> clean a folder or a file of records, or set corpus/clean=none"
+            )
+
+    @property
+    def _cleaning(self) -> Cleaning | None:
+        return parse_cleaning(self.clean)
+
     @property
     def _fractions(self) -> dict[str, float]:
         train_fraction = 1 - self.val_fraction - self.test_fraction
@@ -160,11 +146,12 @@ class Corpus:
 
     @property
     def _is_one_document(self) -> bool:
-        return Path(self.path).is_file() and Path(self.path).suffix not in (".jsonl", ".parquet")
+        return Path(self.path).is_file() and suffix_of(Path(self.path)) not in RECORDS
 
     def _settings(self) -> dict[str, Any]:
         """Collect what the bytes of the prepared data depend on, besides the sources."""
         own = self.tokenizer in (BYTE, CHAR, BPE)
+        cleaning = self._cleaning
         return {
             "version": FORMAT_VERSION,
             "text_key": self.text_key,
@@ -176,6 +163,7 @@ class Corpus:
             "chunk_kb": self.chunk_kb,
             "shard_mb": self.shard_mb,
             "seed": self.seed,
+            **({"clean": cleaning.settings} if cleaning else {}),
         }
 
     def _digest(self, sources: str) -> str:
@@ -187,7 +175,13 @@ class Corpus:
         for leftover in path.rglob("*.tmp"):
             leftover.unlink()
         fractions = self._fractions if self._is_one_document else None
-        units = plan_units(files, int(self.shard_mb * 2**20), fractions)
+        plan = plan_units(files, int(self.shard_mb * 2**20), fractions)
+        cleaning, folder = self._cleaning, path / UNITS_FOLDER
+        units = [Unit(n, pieces, self.text_key, cleaning, folder) for n, pieces in enumerate(plan)]
+        cleaned = {}
+        if cleaning is not None:
+            title = f"Cleaning {self.name}"
+            cleaned = select_documents(units, cleaning, self.num_processes, title)
         if not (path / TOKENIZER_FILE).exists():
             self._build_tokenizer(units, path / TOKENIZER_FILE)
         tokenizer = load_tokenizer(path / TOKENIZER_FILE)
@@ -201,29 +195,26 @@ class Corpus:
         for split, dataset in merged.items():
             write_index(path / split, tokenizer=f"../{TOKENIZER_FILE}", **dataset.index)
         facts = {"digest": digest, "vocab_size": vocab_size, "end_token": end_token}
-        facts |= self._count(merged)
+        facts |= self._count(merged) | cleaned
         # Last, since its presence says that the rest is complete.
         write_atomically(path / FACTS_FILE, json.dumps(facts, indent=1).encode() + b"\n")
         shutil.rmtree(path / UNITS_FOLDER)
 
     def _tasks(
-        self, units: list[list[Piece]], path: Path, end_token: int | None, dtype: np.dtype
+        self, units: list[Unit], path: Path, end_token: int | None, dtype: np.dtype
     ) -> list[UnitTask]:
         return [
             UnitTask(
-                number=number,
-                pieces=unit,
+                unit=unit,
                 folder=path,
                 tokenizer=path / TOKENIZER_FILE,
                 end_token=end_token,
-                text_key=self.text_key,
                 fractions=self._fractions,
                 seed=self.seed,
                 chunk_tokens=self.chunk_kb * 1024 // dtype.itemsize,
                 dtype=dtype.str,
-                facts=path / UNITS_FOLDER / f"{number:06d}.json",
             )
-            for number, unit in enumerate(units)
+            for unit in units
         ]
 
     def _count(self, merged: dict[str, MergedSplit]) -> dict[str, Any]:
@@ -243,19 +234,18 @@ class Corpus:
             "settings": {"path": self.path, **self._settings()},
         }
 
-    def _build_tokenizer(self, units: list[list[Piece]], path: Path) -> None:
-        total = sum(piece.num_bytes for unit in units for piece in unit)
+    def _build_tokenizer(self, units: list[Unit], path: Path) -> None:
+        total = sum(unit.num_bytes for unit in units)
         stride = -(-total // BPE_TRAINING_BYTES) if self.tokenizer == BPE else 1
 
         def documents() -> Iterator[str]:
             for unit in units[::stride]:
-                for piece in unit:
-                    for document in read_documents(piece, self.text_key):
-                        split = piece.split or split_of(document, self._fractions, self.seed)
-                        # Every character of the corpus needs a number; merges are learned, and
-                        # learning is for the training split.
-                        if split == "train" or self.tokenizer == CHAR:
-                            yield document
+                for piece, document in unit.documents():
+                    split = piece.split or split_of(document, self._fractions, self.seed)
+                    # Every character of the corpus needs a number; merges are learned, and
+                    # learning is for the training split.
+                    if split == "train" or self.tokenizer == CHAR:
+                        yield document
 
         tokenizer = build_tokenizer(
             self.tokenizer,

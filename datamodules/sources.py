@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.index import digest_file, write_atomically
+from datamodules.lines import COMPRESSED, JSONL, read_lines, suffix_of
 
 STDLIB = "builtin:stdlib"
+
+PARQUET = ".parquet"
+RECORDS = (JSONL, *COMPRESSED, PARQUET)
+"""Endings of the files that hold many documents."""
 
 _STDLIB_EXCLUDED = {
     # Tests repeat themselves and each other; `encodings` holds near-identical tables, which would
@@ -72,8 +77,8 @@ def list_files(path: str, suffixes: list[str]) -> list[SourceFile]:
         files = list(_walk(root, suffixes, set()))
     else:
         raise ValueError(
-            f"corpus.path={path} -> no such file or folder -> give a text file, a folder, a .jsonl "
-            f"or .parquet file, or {STDLIB}"
+            f"corpus.path={path} -> no such file or folder -> give a text file, a folder, a file "
+            f"ending in {', '.join(RECORDS)}, or {STDLIB}"
         )
     files = [file for file in files if file.stat().st_size]
     if not files:
@@ -141,12 +146,12 @@ def read_documents(piece: Piece, text_key: str) -> Iterator[str]:
     """Read the documents of a piece that are not empty.
 
     Raises:
-        ValueError: the text is not UTF-8, or a record has no text under `text_key`; the message
-            names the file and the place in it.
+        ValueError: the text is not UTF-8, a record has no text under `text_key`, or a compressed
+            file is damaged; the message names the file and the place in it.
     """
-    if piece.path.suffix == ".jsonl":
+    if (suffix := suffix_of(piece.path)) in (JSONL, *COMPRESSED):
         documents = _read_jsonl(piece, text_key)
-    elif piece.path.suffix == ".parquet":
+    elif suffix == PARQUET:
         documents = _read_parquet(piece, text_key)
     else:
         documents = _read_text(piece)
@@ -158,19 +163,19 @@ def _walk(root: Path, suffixes: list[str], excluded: set[str]) -> Iterator[Path]
     for folder, folders, names in os.walk(root):
         # Pruned in place, which keeps the walk out of large folders such as site-packages.
         folders[:] = [n for n in folders if n not in excluded and not n.startswith(".")]
-        yield from (Path(folder, name) for name in names if Path(name).suffix in suffixes)
+        yield from (Path(folder, name) for name in names if suffix_of(Path(name)) in suffixes)
 
 
 def _cut_file(path: Path, unit_bytes: int) -> Iterator[Piece]:
     size = path.stat().st_size
-    if path.suffix == ".parquet":
+    if (suffix := suffix_of(path)) == PARQUET:
         from pyarrow import parquet  # slow to import, and rarely needed
 
         metadata = parquet.read_metadata(path)
         for group in range(metadata.num_row_groups):
             num_bytes = metadata.row_group(group).total_byte_size
             yield Piece(path, group, group + 1, num_bytes, None)
-    elif path.suffix == ".jsonl":
+    elif suffix == JSONL:
         for start in range(0, size, unit_bytes):
             stop = min(start + unit_bytes, size)
             yield Piece(path, start, stop, stop - start, None)
@@ -229,23 +234,17 @@ def _read_text(piece: Piece) -> Iterator[str]:
 
 
 def _read_jsonl(piece: Piece, text_key: str) -> Iterator[str]:
-    with piece.path.open("rb") as file:
-        # A line belongs to the piece that its first byte is in.
-        if piece.start:
-            file.seek(piece.start - 1)
-            file.readline()
-        while (offset := file.tell()) < piece.stop:
-            line = file.readline()
-            if line.isspace():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as err:
-                raise ValueError(
-                    f"corpus.path: {piece.path} -> the line at byte {offset} is not JSON ({err}) "
-                    "-> correct the line"
-                ) from err
-            yield _text_of(record, text_key, f"{piece.path}, line at byte {offset}")
+    for offset, line in read_lines(piece.path, piece.start, piece.stop):
+        if line.isspace():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as err:
+            raise ValueError(
+                f"corpus.path: {piece.path} -> the line at byte {offset} is not JSON ({err}) -> "
+                "correct the line"
+            ) from err
+        yield _text_of(record, text_key, f"{piece.path}, line at byte {offset}")
 
 
 def _read_parquet(piece: Piece, text_key: str) -> Iterator[str]:
@@ -268,6 +267,13 @@ def _text_of(record: object, text_key: str, place: str) -> str:
             f"corpus.text_key={text_key} -> holds {type(text).__name__}, not text, in {place} -> "
             "name the field with the text"
         )
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as err:
+        raise ValueError(
+            f"corpus.text_key={text_key} -> character {err.start} is half of a surrogate pair, "
+            f"which UTF-8 cannot hold, in {place} -> correct the record"
+        ) from err
     return text or ""
 
 

@@ -2,12 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
 from datamodules.index import Shard, ShardFacts, digest_file, write_atomically
-from datamodules.sources import Piece, read_documents
+from datamodules.processes import run_tasks
+from datamodules.selection import Unit
 from datamodules.tokenization import encode_parts, load_tokenizer
 from datamodules.write import ShardWriter
 
@@ -28,38 +22,37 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class UnitTask:
-    """A unit of work: some pieces of text, and how they become at most one shard per split.
+    """A unit of work: some text, and how it becomes at most one shard per split.
 
     Attributes:
-        number: place of the unit, from which its shards have their names.
-        pieces: the text.
+        unit: the text; from its number the shards have their names.
         folder: of the prepared corpus.
         tokenizer: path of the tokenizer.
         end_token: number of the token after each document, None for none.
-        text_key: field of a record that holds the text.
         fractions: share of each split.
         seed: key of the assignment to splits.
         chunk_tokens: tokens of a stored sample, about.
         dtype: of the stored tokens.
-        facts: file that says that the unit is finished and what its shards hold.
     """
 
-    number: int
-    pieces: list[Piece]
+    unit: Unit
     folder: Path
     tokenizer: Path
     end_token: int | None
-    text_key: str
     fractions: dict[str, float]
     seed: int
     chunk_tokens: int
     dtype: str
-    facts: Path
 
     @property
     def num_bytes(self) -> int:
         """Size of the source text."""
-        return sum(piece.num_bytes for piece in self.pieces)
+        return self.unit.num_bytes
+
+    @property
+    def facts(self) -> Path:
+        """File that says that the unit is finished and what its shards hold."""
+        return self.unit.path("json")
 
 
 @dataclass
@@ -117,29 +110,16 @@ def encode_units(tasks: list[UnitTask], num_processes: int | None, title: str) -
 
     The result does not depend on the number of processes, nor on how often it was interrupted.
     """
-    todo = [task for task in tasks if not _is_finished(task)]
-    num_processes = min(num_processes or _count_cores(), len(todo))
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        bar = progress.add_task(title, total=sum(task.num_bytes for task in tasks))
-        progress.advance(bar, sum(t.num_bytes for t in tasks) - sum(t.num_bytes for t in todo))
-        if num_processes <= 1:
-            for task in todo:
-                encode_unit(task)
-                progress.advance(bar, task.num_bytes)
-            return
-        for task in _encode_in_processes(todo, num_processes):
-            progress.advance(bar, task.num_bytes)
+    run_tasks(encode_unit, tasks, num_processes, title, done=_is_finished)
 
 
 def encode_unit(task: UnitTask) -> None:
     """Read, encode and write one unit, then its facts."""
     tokenizer = load_tokenizer(task.tokenizer)
     texts: dict[str, _SplitText] = {}
-    for piece in task.pieces:
-        for document in read_documents(piece, task.text_key):
-            split = piece.split or split_of(document, task.fractions, task.seed)
-            _append_document(texts.setdefault(split, _SplitText()), document, tokenizer, task)
+    for piece, document in task.unit.documents():
+        split = piece.split or split_of(document, task.fractions, task.seed)
+        _append_document(texts.setdefault(split, _SplitText()), document, tokenizer, task)
     facts = {split: _write_shard(split, text, task) for split, text in texts.items()}
     task.facts.parent.mkdir(exist_ok=True)
     write_atomically(task.facts, json.dumps(facts).encode())
@@ -180,11 +160,6 @@ def _is_finished(task: UnitTask) -> bool:
     return True
 
 
-def _count_cores() -> int:
-    # Where the system can restrict a process to some cores, count those.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _append_document(text: _SplitText, document: str, tokenizer: Tokenizer, task: UnitTask) -> None:
     for tokens in encode_parts(tokenizer, document):
         text.append(tokens, task.dtype)
@@ -201,7 +176,7 @@ def _write_shard(split: str, text: _SplitText, task: UnitTask) -> dict[str, Any]
     # Chunks of equal length, so that no short remainder wastes its last, incomplete row.
     num_chunks = max(1, round(len(tokens) / task.chunk_tokens))
     cuts = [number * len(tokens) // num_chunks for number in range(num_chunks + 1)]
-    with ShardWriter(folder / f"{split}-{task.number:06d}.tar") as writer:
+    with ShardWriter(folder / f"{split}-{task.unit.number:06d}.tar") as writer:
         for start, stop in pairwise(cuts):
             inside = ends[(ends >= start) & (ends < stop)] - start
             members = {"tokens.npy": tokens[start:stop], "ends.npy": inside.astype("<u4")}
@@ -210,31 +185,3 @@ def _write_shard(split: str, text: _SplitText, task: UnitTask) -> dict[str, Any]
         bounds = [0, *(ends + 1).tolist(), len(tokens)]
         documents = [stop - start for start, stop in pairwise(bounds) if stop > start]
         return {"facts": asdict(writer.finish(documents)), "text": counts}
-
-
-def _encode_in_processes(tasks: list[UnitTask], num_processes: int) -> Iterator[UnitTask]:
-    """Yield tasks as they are finished."""
-    # Spawned, not forked: the tokenizers library has threads by now, and so may the caller.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, context, _start_process) as pool:
-        futures: dict[Future[None], UnitTask] = {pool.submit(encode_unit, t): t for t in tasks}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_process() -> None:
-    """Make a worker process single-threaded, and end it with its parent."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without a traceback
-
-    def follow_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()

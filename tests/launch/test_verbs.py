@@ -1,8 +1,12 @@
 """The other verbs, on the checkpoints of small runs."""
 
+import gzip
+import io
 import json
+import re
 import subprocess
 import sys
+import tarfile
 
 import pytest
 from tokenizers import Tokenizer
@@ -66,6 +70,53 @@ def test_prepare_prints_what_is_there(text_file, tmp_path, compose, capfd):
     assert str(tmp_path) in capfd.readouterr().out
     (tokenizer,) = tmp_path.glob("*/tokenizer.json")
     assert Tokenizer.from_file(str(tokenizer)).get_vocab_size() <= 300
+
+
+def test_prepare_cleans_and_prints_what_it_removed(tmp_path, compose, capfd):
+    texts = [f"document number {n} says what no other says" for n in range(40)]
+    texts += [texts[0], "line that repeats\n" * 20]
+    path = tmp_path / "texts.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    overrides = ["corpus=text", f"corpus.path={path}", f"data_dir={tmp_path}"]
+    overrides += ["corpus.tokenizer=byte", "corpus.val_fraction=0.2", "corpus.test_fraction=0"]
+    options = ["corpus/clean=gopher", "corpus.clean.near_duplicates.ngram=2"]
+    prepare(compose("prepare", [*overrides, *options]))
+    printed = capfd.readouterr().out
+    assert re.search(r"exact_duplicates\W+removed\W+1\b", printed)
+    assert re.search(r"max_repeated_lines\W+removed\W+1\b", printed)
+    with pytest.raises(ValueError, match=r"corpus.clean.normalize=nfc -> "):
+        prepare(compose("prepare", [*overrides, "corpus.clean.normalize=nfc"]))
+
+
+def test_prepare_indexes_foreign_shards_and_inspects_them(command, compose, capfd, tmp_path):
+    for number in range(3):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for name, text in {
+                "a.txt": "a caption " * 20,
+                "a.json": '{"x": 1}',
+                "b.txt": "b",
+            }.items():
+                entry = tarfile.TarInfo(f"{number}/{name}")
+                entry.size = len(text)
+                tar.addfile(entry, io.BytesIO(text.encode()))
+    prepare(compose("prepare", [f"index={tmp_path}", "num_processes=1"]))
+    assert "json (optional), txt" in capfd.readouterr().out
+    shards = ",".join(f"{tmp_path}/{number}.tar" for number in (2, 0))
+    prepare(compose("prepare", [f"index=[{shards}]", f"out={tmp_path}/two", "num_processes=1"]))
+    assert f"path: {tmp_path}/two" in capfd.readouterr().out
+    with pytest.raises(ValueError, match=r"out=x -> out belongs to index"):
+        prepare(compose("prepare", [f"inspect={tmp_path}", "out=x"]))
+    inspect = [f"inspect={tmp_path}/two", "num_processes=1"]
+    prepare(compose("prepare", inspect))
+    assert "'a caption a caption" in capfd.readouterr().out
+    content = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(content[:-1] + b"x")
+    done = subprocess.run(command("prepare", *inspect), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"1 of 6 files are not those that the index was written with: {tmp_path}/0.tar" in (
+        done.stderr
+    )
 
 
 def test_wandb_continues_under_one_id(small_run, train, monkeypatch, tmp_path):
