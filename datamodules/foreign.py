@@ -146,7 +146,6 @@ def _read_shard(task: ShardTask) -> None:
     with open_archive(task.path) as archive:
         samples = _find_samples(archive, task.path)
         if is_sequential(task.url) and samples:
-            samples[-1].stop = len(archive)  # the block is the whole archive, its end included
             blocks = [(len(samples), len(archive))]
         else:
             blocks = _cut_blocks(samples)
@@ -201,7 +200,6 @@ def _find_samples(archive: memoryview, path: Path) -> list[StoredSample]:
     if not samples:
         return []
     last, keys = samples[-1], set()
-    last.stop = max(at + -(-size // _TAR_BLOCK) * _TAR_BLOCK for at, size in last.members.values())
     if last.stop >= len(archive) or any(archive[-_TAR_BLOCK:]):
         raise ValueError(
             f"index: no end-of-archive block at byte {len(archive)} -> the shard is cut short -> "

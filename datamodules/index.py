@@ -231,14 +231,15 @@ def _read_facts(path: Path) -> tuple[dict[str, Any], str]:
         content = (path / INDEX_FILE).read_bytes()
     except FileNotFoundError as err:
         raise ValueError(
-            f"data set {path}: there is no {INDEX_FILE} -> its samples cannot be found -> "
-            "prepare the corpus again (python -m launch.prepare)"
+            f"data set {path}: there is no {INDEX_FILE} -> its samples cannot be found -> prepare "
+            "the corpus again, or write it for shards that are there (launch.prepare index=)"
         ) from err
     facts = json.loads(content)
     if facts["version"] != INDEX_VERSION:
         raise ValueError(
             f"{path / INDEX_FILE}: version={facts['version']} -> this code reads version "
-            f"{INDEX_VERSION} -> delete {path.parent} and prepare the corpus again"
+            f"{INDEX_VERSION} -> prepare the corpus anew, or delete the index and write it again "
+            "(launch.prepare index=)"
         )
     return facts, digest_bytes(content)
 
@@ -261,7 +262,7 @@ def _map_table(path: Path, name: str, count: int, facts: dict[str, Any]) -> NDAr
 def _table_error(path: Path, name: str, problem: str) -> ValueError:
     return ValueError(
         f"data set {path}: {name} {problem} -> samples would be looked for in wrong places -> "
-        f"delete {path.parent} and prepare the corpus again"
+        "restore it, or prepare the data again"
     )
 
 
@@ -277,6 +278,6 @@ def _check_size(path: Path, shard: Shard, allow_short: bool) -> None:
 def _mismatch(path: Path, shard: Shard, what: str, expected: object, found: object) -> ValueError:
     return ValueError(
         f"data set {path}: the index and a shard disagree, {what} in the index {expected}, found "
-        f"{found} -> its samples cannot be trusted -> restore the shard, or delete {path.parent} "
-        f"and prepare the corpus again (shard {Path(shard.url).name})"
+        f"{found} -> its samples cannot be trusted -> restore the shard, or write its index again "
+        f"(shard {Path(shard.url).name})"
     )
