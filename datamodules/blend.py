@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.corpora import FACTS_FILE, TOKENIZER_FILE, Corpus, PreparedData
+from datamodules.corpora import Corpus
+from datamodules.facts import FACTS_FILE, TOKENIZER_FILE, PreparedData
 from datamodules.index import digest_bytes, write_atomically
 from datamodules.order import EpochsOrder, Int64Array, Places, hash_key, permutation
 

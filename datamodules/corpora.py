@@ -5,12 +5,9 @@ corpus is never prepared twice and a changed one never taken for the old. An int
 leaves finished units of work behind, and the next one goes on from them.
 """
 
-import fcntl
 import json
-import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,10 @@ from datamodules.cleaning import Cleaning, parse_cleaning
 from datamodules.facts import FACTS_FILE, TOKENIZER_FILE, PreparedData
 from datamodules.index import digest_bytes, write_atomically, write_index
 from datamodules.lines import suffix_of
+from datamodules.processes import exclusive
 from datamodules.selection import Unit, select_documents
 from datamodules.sources import (
     RECORDS,
-    STDLIB,
     SourceFile,
     digest_sources,
     list_files,
@@ -48,8 +45,6 @@ _DIGEST_CACHE = ".source_digests.json"
 BPE_TRAINING_BYTES = 256 * 2**20
 """Text that a vocabulary is trained on at most, spread evenly over the corpus: more changes few
 merges, and the trainer holds its words in memory."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +108,7 @@ class Corpus:
         digest = self._digest(digest_sources(files, data_dir / _DIGEST_CACHE))
         path = data_dir / f"{self.name}-{digest}"
         if not (path / FACTS_FILE).exists():
-            with _exclusive(data_dir / f".{path.name}.lock"):
+            with exclusive(data_dir / f".{path.name}.lock"):
                 if not (path / FACTS_FILE).exists():
                     self._build(files, path, digest)
         facts = json.loads((path / FACTS_FILE).read_bytes())
@@ -268,19 +263,3 @@ class Corpus:
 def _digest_tokenizer(path: str) -> str | None:
     # A path that does not exist is reported where the tokenizer is built.
     return digest_bytes(Path(path).read_bytes()) if Path(path).is_file() else None
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock that the system releases when its holder ends, in whatever way."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process that prepares the same corpus")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-__all__ = ["STDLIB", "Corpus", "PreparedData"]

@@ -5,15 +5,14 @@ index says where. Shards are then read by blocks (`datamodules.block_cache`).
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.corpora import FACTS_FILE, TOKENIZER_FILE, PreparedData
+from datamodules.facts import FACTS_FILE, TOKENIZER_FILE, PreparedData
 from datamodules.index import INDEX_FILE, ORIGIN_FILE, digest_bytes, write_atomically
+from datamodules.processes import exclusive
 from datamodules.remote import is_remote
 
 
@@ -43,8 +42,9 @@ class PreparedCorpus:
         else:
             content = source.read(FACTS_FILE)
             path = Path(data_dir, f"{self.name}-{json.loads(content)['digest']}")
-            if not (path / FACTS_FILE).exists():
-                self._copy(source, path, content)
+            with exclusive(path.with_name(f".{path.name}.lock")):
+                if not (path / FACTS_FILE).exists():
+                    self._copy(source, path, content)
         return PreparedData(path, {"path": str(path), **json.loads(content)})
 
     def _read_facts(self, path: Path) -> bytes:
@@ -57,16 +57,13 @@ class PreparedCorpus:
             ) from err
 
     def _copy(self, source: "_Remote", path: Path, facts: bytes) -> None:
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        (scratch / TOKENIZER_FILE).write_bytes(source.read(TOKENIZER_FILE))
+        path.mkdir(exist_ok=True)
+        write_atomically(path / TOKENIZER_FILE, source.read(TOKENIZER_FILE))
         for split in json.loads(facts)["shards"]:
-            folder = scratch / split
-            folder.mkdir()
+            folder = path / split
+            folder.mkdir(exist_ok=True)
             index = source.read(f"{split}/{INDEX_FILE}")
-            (folder / INDEX_FILE).write_bytes(index)
-            (folder / ORIGIN_FILE).write_text(f"{source.url}/{split}\n")
+            write_atomically(folder / ORIGIN_FILE, f"{source.url}/{split}\n".encode())
             for table, digest in json.loads(index)["tables"].items():
                 content = source.read(f"{split}/{table}")
                 if digest_bytes(content) != digest:
@@ -74,15 +71,10 @@ class PreparedCorpus:
                         f"corpus.path={self.path} -> {split}/{table} is not the table that the "
                         "index was written with -> upload the corpus again"
                     )
-                (folder / table).write_bytes(content)
-        write_atomically(scratch / FACTS_FILE, facts)
-        path.mkdir(exist_ok=True)
-        for child in sorted(scratch.iterdir(), key=lambda child: child.name == FACTS_FILE):
-            target = path / child.name
-            if child.is_dir():
-                shutil.rmtree(target, ignore_errors=True)
-            child.replace(target)
-        scratch.rmdir()
+                write_atomically(folder / table, content)
+            write_atomically(folder / INDEX_FILE, index)
+        # Last, since its presence says that the rest is complete.
+        write_atomically(path / FACTS_FILE, facts)
 
 
 class _Remote:

@@ -1,11 +1,15 @@
-"""Tasks in a pool of processes, under a progress bar."""
+"""Tasks in a pool of processes, under a progress bar; what only one process may do at a time."""
 
+import fcntl
+import logging
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -95,3 +99,16 @@ def _start_process() -> None:
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock that the system releases when its holder ends, in whatever way."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.getLogger(__name__).info("waiting for another process that prepares the same")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -154,14 +154,14 @@ class StreamDataModule(LightningDataModule):
         if not any(is_remote(shard.url) or is_sequential(shard.url) for shard in index.shards):
             return None
         lanes, max_bytes = count_lanes(self._batch_samples), int(self._cache["gb"] * 2**30)
-        # A lane's window begins and ends within blocks, and the next one is fetched ahead.
+        # A lane's window begins and ends within blocks. Half of the cache is for what is used.
         block = int(index.blocks[:, 1].max())
-        active = self._window_mb * 2**20 + 3 * lanes * block
-        if max_bytes < active:
+        active = self._window_mb * 2**20 + 2 * lanes * block
+        if max_bytes < 2 * active:
             raise ValueError(
                 f"datamodule.cache.gb={self._cache['gb']} -> the shuffle mixes {lanes} lanes in "
                 f"datamodule.window_mb={self._window_mb}, {active / 2**30:.3g} GiB with the blocks "
-                "at their edges -> raise the first, or lower the second"
+                "at their edges, and takes half of the cache -> raise the first, or lower the second"
             )
         ranks = self.trainer.num_devices if self.trainer is not None else 1
         return BlockCache(

@@ -6,7 +6,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from datamodules.blend import Blend, BlendOrder
-from datamodules.corpora import TOKENIZER_FILE, Corpus, PreparedData
+from datamodules.corpora import Corpus
+from datamodules.facts import TOKENIZER_FILE, PreparedData
 from datamodules.index import Index, join_indexes, read_index
 from datamodules.loader import order_of
 from datamodules.order import RunOrder
