@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from datamodules import block_cache, remote
+from datamodules.node_disk import NodeDisk
 from datamodules.remote import Fetcher, RemoteBlock
 from tests.datamodules.cache_readers import (
     BLOCK_BYTES,
@@ -105,6 +106,24 @@ def test_blocks_pass_by_a_cache_that_is_all_in_use(
     assert counts(cache) == (0, 4, 2, 4)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "all that is in it is in use" in caplog.text
+    del held
+
+
+def test_room_ahead_is_not_looked_for_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache(tmp_path, 2, num_connections=1)
+    held = [cache.get(block(number), trust) for number in (0, 1)]
+    searches: list[int] = []
+
+    def search(disk: NodeDisk, num_bytes: int) -> int:
+        searches.append(num_bytes)
+        return 2 * BLOCK_BYTES
+
+    monkeypatch.setattr(NodeDisk, "_make_room", search)
+    cache.expect([(block(number), trust) for number in range(2, 12)])
+    wait_until(lambda: cache._own().num_threads == 0)
+    assert len(searches) == 1
     del held
 
 
