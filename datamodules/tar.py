@@ -110,7 +110,7 @@ def read_samples(
         The samples up to the first place where no header can be read, and what is wrong there.
     """
     samples: list[StoredSample] = []
-    error = None
+    error, end = None, stop
     try:
         for member in read_members(tar, start, stop):
             match = _KEY_AND_EXTENSION.match(member.name)
@@ -124,12 +124,14 @@ def read_samples(
             if extension in samples[-1].members:
                 samples[-1].repeated.append(member.name)
             samples[-1].members[extension] = (member.offset, member.size)
+            end = member.offset + -(-member.size // _TAR_BLOCK) * _TAR_BLOCK
     except BadSampleError as reason:
         error = reason
     except ValueError as reason:  # a number or a name in an extended header
         error = BadSampleError(f"a damaged tar header ({reason}) -> restore the shard")
     if samples:
-        samples[-1].stop = stop
+        # What lies before a damaged header may be whole.
+        samples[-1].stop = stop if error is None else end
     return samples, error
 
 
