@@ -28,6 +28,9 @@ class Codec(Protocol):
         Args:
             members: the sample.
             key: of all that is random about it in this epoch; None in evaluation.
+
+        Raises:
+            ValueError: they cannot be decoded; the sample is then a bad one.
         """
         ...
 
@@ -100,14 +103,22 @@ class StoredSamples:
         self._codec.pad(batch, num_samples)
 
     def _read(self, number: int, epoch: int) -> Any:
-        _, sample, region = self._reader.find(number)
+        key = self._key(number, epoch)
+        return self._reader.read(number, lambda found: self._decode(found, key))
+
+    def _decode(self, number: int, key: np.uint64 | None) -> Any:
+        sample, region = self._reader.sample(number)
         content = self._reader.regions.view(region)
         members = {
             name: content[offset : offset + size] for name, (offset, size) in sample.members.items()
         }
+        try:
+            decoded = self._codec.decode(members, key)
+        except ValueError as err:
+            raise self._reader.error(number, f"its codec cannot decode it ({err})") from err
         self._row[Counter.SAMPLES] += 1
         self._row[Counter.BYTES] += sample.stop - sample.start
-        return self._codec.decode(members, self._key(number, epoch))
+        return decoded
 
     def _key(self, number: int, epoch: int) -> np.uint64 | None:
         if epoch < 0:
