@@ -117,9 +117,8 @@ class Regions:
                 mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (FileNotFoundError, ValueError) as err:  # ValueError: it is empty
             raise BadSampleError(
-                f"data set {path.parent}: the shard cannot be mapped ({err}) -> none of its samples "
-                f"can be read -> restore it or prepare the corpus again (shard {path.name}, every "
-                "key)"
+                f"data set {path.parent}: the shard cannot be mapped ({err}) -> its samples cannot "
+                f"be read -> restore it or prepare the corpus again (shard {path.name}, every key)"
             ) from err
         self._shards[region] = mapped
         if len(self._shards) > OPEN_SHARDS:
