@@ -4,8 +4,10 @@ import io
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from datamodules.index import Index, Shard, ShardFacts, checksum, digest_file, read_index
 from datamodules.index import write_index as write_index_file
@@ -33,6 +35,16 @@ def stored_samples(path: Path) -> list[StoredSample]:
     samples, error = read_samples(content, 0, len(content))
     assert error is None
     return samples
+
+
+def read_with_webdataset(path: Path) -> list[dict[str, Any]]:
+    """Samples of a tar as stock webdataset groups them, `__key__` and members as bytes."""
+    stream = io.BytesIO(path.read_bytes())
+    samples = group_by_keys(tar_file_expander([{"url": path.name, "stream": stream}]))
+    return [
+        {name: value for name, value in sample.items() if name not in ("__url__", "__local_path__")}
+        for sample in samples
+    ]
 
 
 def write_index(
