@@ -57,6 +57,9 @@ class StoredSamples:
         identity: what a position depends on, for the stream's state.
         samples_per_block: int64 [blocks].
         sample_bytes: mean size of a sample in its shard.
+
+    Raises:
+        ValueError: there are no samples.
     """
 
     def __init__(
@@ -72,7 +75,9 @@ class StoredSamples:
         self._reader = ShardReader(index, bad_samples, cache)
         self.identity: dict[str, Any] = {"index_digest": index.digest}
         self.samples_per_block: Int64Array = index.blocks[:, 0].astype(np.int64)
-        num_samples = max(1, int(self.samples_per_block.sum()))
+        if not self.samples_per_block.any():
+            raise ValueError(f"data set {index.path}: it has no samples -> give another one")
+        num_samples = int(self.samples_per_block.sum())
         self.sample_bytes = max(1, int(index.blocks[:, 1].sum(dtype=np.int64)) // num_samples)
         self._first_sample = np.cumsum(self.samples_per_block) - self.samples_per_block
         self._row = new_row()
