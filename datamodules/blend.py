@@ -10,7 +10,6 @@ lanes stay lanes, every data set has epochs of its own, and nothing but the posi
 """
 
 import json
-import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,7 +126,8 @@ class BlendOrder:
 class Blend:
     """Several corpora as one, in the places of a `datamodules.corpora.Corpus`.
 
-    The vocabulary is that of the first source; the others are encoded with it.
+    The vocabulary is that of the first source, and the end token if that lacks it; the others are
+    encoded with it.
 
     Args:
         name: of the blend, the first part of the names of its folders.
@@ -140,11 +140,19 @@ class Blend:
             raise ValueError(
                 "corpus.sources={} -> a blend of nothing -> name sources, each with path and weight"
             )
+        first = next(iter(sources))
         for source, own in sources.items():
-            if not isinstance(own.get("weight"), int | float):
+            weight = own.get("weight")
+            if not isinstance(weight, int | float) or not weight > 0:
                 raise ValueError(
-                    f"corpus.sources.{source}.weight={own.get('weight')} -> no number -> give the "
+                    f"corpus.sources.{source}.weight={weight} -> no number above 0 -> give the "
                     "source's share of the samples, in any unit"
+                )
+            if source != first and "tokenizer" in own:
+                raise ValueError(
+                    f"corpus.sources.{source}.tokenizer={own['tokenizer']} -> the sources share "
+                    f"the vocabulary of the first, {first} -> set corpus.tokenizer, or that of "
+                    f"corpus.sources.{first}"
                 )
         self._name, self._sources, self._settings = name, sources, settings
 
@@ -157,13 +165,13 @@ class Blend:
             prepared[source] = Corpus(name=f"{self._name}-{source}", **keys).prepare(data_dir)
             if len(prepared) == 1:
                 settings |= {"tokenizer": str(prepared[source].path / TOKENIZER_FILE)}
-        first = next(iter(prepared.values()))
         weights = {source: float(own["weight"]) for source, own in self._sources.items()}
         identity = [[weights[source], data.facts["digest"]] for source, data in prepared.items()]
         digest = digest_bytes(json.dumps(identity).encode())[:12]
         path = Path(data_dir, f"{self._name}-{digest}")
         path.mkdir(parents=True, exist_ok=True)
-        shutil.copy(first.path / TOKENIZER_FILE, path / TOKENIZER_FILE)
+        vocabulary = _widest(prepared).path / TOKENIZER_FILE
+        write_atomically(path / TOKENIZER_FILE, vocabulary.read_bytes())
         places = {
             source: {"path": str(data.path), "weight": weights[source]}
             for source, data in prepared.items()
@@ -173,10 +181,15 @@ class Blend:
         return PreparedData(path, {"path": str(path), **facts})
 
 
+def _widest(prepared: Mapping[str, PreparedData]) -> PreparedData:
+    """Source of the largest vocabulary: a first one of one document alone has no end token."""
+    return max(prepared.values(), key=lambda data: data.facts["vocab_size"])
+
+
 def _sum_facts(prepared: Mapping[str, PreparedData]) -> dict[str, Any]:
-    """Facts of a blend: sums over its sources, and the vocabulary of the first."""
+    """Facts of a blend: sums over its sources, and the vocabulary they share."""
     every = [data.facts for data in prepared.values()]
-    facts: dict[str, Any] = {key: every[0][key] for key in ("vocab_size", "end_token")}
+    facts = {key: _widest(prepared).facts[key] for key in ("vocab_size", "end_token")}
     for key in ("documents", "tokens", "bytes"):
         facts[key] = {
             split: sum(f[key][split] or 0 for f in every) or None for split in every[0][key]

@@ -92,11 +92,16 @@ class TokenChunks:
         return ends
 
     def _meet(self, chunk: int) -> None:
-        read, _, _ = self.reader.find(chunk, self._usable)
-        region, _, offset, _ = self.reader.array(read, "tokens.npy")
+        read, region, offset = self.reader.read(chunk, self._find, self._usable)
         self._chunk[chunk] = read
         for met in (chunk, read):
             self._region[met], self._start[met] = region, offset // self.dtype.itemsize
+
+    def _find(self, chunk: int) -> tuple[int, int, int]:
+        """Tell the chunk's number, its region, and the offset of its tokens there in bytes."""
+        self.reader.array(chunk, "ends.npy")
+        region, _, offset, _ = self.reader.array(chunk, "tokens.npy")
+        return chunk, region, offset
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the cached views behind, which cannot be sent to another process."""

@@ -2,10 +2,11 @@
 
 Legend: N samples in the data set, G samples of one optimizer step, L lanes, W samples of a window.
 
-Blocks of consecutive samples are permuted, laid end to end, and cut into L lanes of equal size
-(give or take one sample). Inside a lane, windows of W samples are permuted. Position p of an epoch
-is index `p // L` of lane `p % L`. Memory is O(blocks), and any position can be found directly,
-which is what makes a resume in the middle of an epoch exact and immediate.
+Blocks of consecutive samples are permuted, laid end to end as a circle, and cut from a drawn place
+on into L lanes of equal size (give or take one sample), so that lanes and windows begin elsewhere
+in each epoch, however few blocks there are. Inside a lane, windows of W samples are permuted.
+Position p of an epoch is index `p // L` of lane `p % L`. Memory is O(blocks), and any position can
+be found directly, which is what makes a resume in the middle of an epoch exact and immediate.
 """
 
 from collections import OrderedDict
@@ -81,7 +82,7 @@ class GlobalOrder:
         window: W, in samples.
     """
 
-    _BLOCKS, _WINDOWS = 1, 2  # purposes, so that two permutations never share a key
+    _BLOCKS, _WINDOWS, _BEGIN = 1, 2, 4  # purposes, so that no two draws share a key
 
     def __init__(
         self, samples_per_block: Int64Array, *, seed: int, num_lanes: int, window: int
@@ -91,7 +92,7 @@ class GlobalOrder:
         self.identity = {"seed": seed, "lanes": num_lanes, "window": window}
         self._samples_per_block = samples_per_block
         self._seed, self._window = seed, window
-        self._epoch = -1
+        self._epoch, self._begin = -1, 0
         self._blocks = self._block_ends = np.zeros(0, np.int64)
         # One window per lane is in use at a time, and two while a lane passes from one to the next.
         self._windows: OrderedDict[tuple[int, int], Int64Array] = OrderedDict()
@@ -119,6 +120,7 @@ class GlobalOrder:
             order = self._window_order(lane_number, window_number)
             first = self._lane_start(lane_number) + window_number * self._window
             place[members] = first + order[slot[members]]
+        place = (place + self._begin) % self.num_samples
         block = np.searchsorted(self._block_ends, place, side="right")
         before = self._block_ends[block] - self._samples_per_block[self._blocks[block]]
         return self._blocks[block], place - before
@@ -129,6 +131,7 @@ class GlobalOrder:
         key = hash_key(self._seed, epoch, self._BLOCKS)
         self._blocks = permutation(len(self._samples_per_block), key)
         self._block_ends = np.cumsum(self._samples_per_block[self._blocks])
+        self._begin = int(hash_key(self._seed, epoch, self._BEGIN) % np.uint64(self.num_samples))
         self._windows.clear()
         self._epoch = epoch
 

@@ -108,6 +108,9 @@ class PackedRows:
         identity: what a position in these rows depends on, for the stream's state.
         samples_per_block: int64 [windows], rows of each.
         sample_bytes: size of a row in its shard.
+
+    Raises:
+        ValueError: the index has no documents.
     """
 
     def __init__(
@@ -122,6 +125,11 @@ class PackedRows:
         self._length, self._end_token = sequence_length, end_token
         self._chunks = TokenChunks(index, bad_samples, cache, _is_usable)
         self._documents = index.documents
+        if not len(index.documents):
+            raise ValueError(
+                f"datamodule.packing=best_fit -> {index.path} has no lengths of documents to plan "
+                "rows from -> use packing=cut, or prepare the corpus again"
+            )
         self._chunk_ends = np.cumsum(index.lengths, dtype=np.int64)
         self._lay_windows(index)
         packings = (self._pack(window) for window in range(len(self._window_start)))

@@ -10,11 +10,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from datamodules.block_cache import BlockCache
-from datamodules.index import Index, checksum
+from datamodules.index import Index, checksum, is_remote
 from datamodules.meter import Counter, Row, new_row
 from datamodules.order import Int64Array
 from datamodules.regions import Place, Regions
@@ -25,6 +26,8 @@ PARSED_BYTES = 64 * 2**20
 _ENTRY_BYTES = 600  # of a sample with its names and two members, as `sys.getsizeof` adds them up
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,29 +108,35 @@ class ShardReader:
             raise self._error(f"{problem} -> {remedy}", found.place.shard, f"key {sample.key}")
         return sample, found.place.region
 
-    def find(
-        self, number: int, usable: Callable[[int], bool] = lambda number: True
-    ) -> tuple[int, StoredSample, int]:
-        """Find a sample, or the one that stands for it.
+    def read(
+        self,
+        number: int,
+        read: Callable[[int], T],
+        usable: Callable[[int], bool] = lambda number: True,
+    ) -> T:
+        """Read a sample, or where it is bad and to be substituted the one that stands for it.
 
         Args:
             number: of the sample in the data set.
+            read: makes of a sample, by its number, what is wanted; raises `BadSampleError`.
             usable: whether a sample may stand for another.
-
-        Returns:
-            The number of the sample to read, the sample, and its region.
 
         Raises:
             BadSampleError: it cannot be read and is not to be substituted, or too many were.
         """
         number = self._substitutes.get(number, number)
         try:
-            return number, *self.sample(number)
+            return read(number)
         except BadSampleError as err:
             if self._bad.action == "raise":
                 raise
-            other = self._substitute(number, usable, err)
-        return other, *self.sample(other)
+            return self._substitute(number, read, usable, err)
+
+    def error(self, number: int, problem: str) -> BadSampleError:
+        """Say what is wrong with a sample that can be found, with its shard and key."""
+        block = int(np.searchsorted(self._block_ends, number, side="right"))
+        key = self.sample(number)[0].key
+        return self._error(problem, self.regions.place(block).shard, f"key {key}")
 
     def array(self, number: int, extension: str) -> tuple[int, np.dtype, int, int]:
         """Read the header of a one-dimensional `.npy` member of a sample.
@@ -143,18 +152,16 @@ class ShardReader:
         sample, region = self.sample(number)
         offset, size = sample.members[extension]
         member = _Window(self.regions.view(region), offset)
-        block = int(np.searchsorted(self._block_ends, number, side="right"))
-        shard, key = self.regions.place(block).shard, f"key {sample.key}"
         try:
             np.lib.format.read_magic(member)
             shape, _, dtype = np.lib.format.read_array_header_1_0(member)
             matches = len(shape) == 1 and size == member.position + shape[0] * dtype.itemsize
         except ValueError as err:
-            raise self._error(f"member {extension} is no .npy file", shard, key) from err
+            raise self.error(number, f"member {extension} is no .npy file") from err
         if not matches or dtype != np.dtype(self._index.schema[extension]["dtype"]):
             expected = self._index.schema[extension]["dtype"]
             problem = f"member {extension} holds {dtype}{list(shape)} in {size} bytes"
-            raise self._error(f"{problem}, the schema says {expected}", shard, key)
+            raise self.error(number, f"{problem}, the schema says {expected}")
         return region, dtype, offset + member.position, shape[0]
 
     def _block(self, block: int) -> "_Block":
@@ -172,14 +179,19 @@ class ShardReader:
                 f"holds {len(samples)} -> positions would shift -> restore the shard or prepare "
                 "the corpus again"
             )
-            samples = []  # of another block than the index knows: none is the one asked for
         found = self._parsed[block] = _Block(samples, problem, place)
         self._parsed_samples += len(samples)
         while self._parsed_samples * _ENTRY_BYTES > PARSED_BYTES and len(self._parsed) > 1:
             self._parsed_samples -= len(self._parsed.popitem(last=False)[1].samples)
         return found
 
-    def _substitute(self, number: int, usable: Callable[[int], bool], err: BadSampleError) -> int:
+    def _substitute(
+        self,
+        number: int,
+        read: Callable[[int], T],
+        usable: Callable[[int], bool],
+        err: BadSampleError,
+    ) -> T:
         if len(self._substitutes) >= self._bad.max_samples:
             raise BadSampleError(
                 f"datamodule.max_bad_samples={self._bad.max_samples} -> one more sample is bad: "
@@ -190,11 +202,11 @@ class ShardReader:
             if not usable(other):
                 continue
             try:
-                self.sample(other)
+                found = read(other)
             except BadSampleError:
                 continue
             self._note(number, other, err)
-            return other
+            return found
         raise err
 
     def _note(self, number: int, other: int, err: BadSampleError) -> None:
@@ -210,9 +222,12 @@ class ShardReader:
     def _error(self, problem: str, shard: int, key: str) -> BadSampleError:
         if " -> " not in problem:
             problem += " -> it cannot be read -> restore the shard or prepare the corpus again"
+        # The shard's own folder: data sets laid behind each other have shards of equal names.
         url = self._index.shards[shard].url
-        name = url if "://" in url else Path(url).name
-        return BadSampleError(f"data set {self._index.path}: {problem} (shard {name}, {key})")
+        path, name = (
+            (self._index.path, url) if is_remote(url) else (Path(url).parent, Path(url).name)
+        )
+        return BadSampleError(f"data set {path}: {problem} (shard {name}, {key})")
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the counters behind, which belong to a process."""

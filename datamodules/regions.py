@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from datamodules.index import Index, checksum
 from datamodules.meter import Counter, Row, new_row
 from datamodules.order import Int64Array
 from datamodules.remote import RemoteBlock, is_remote, is_sequential
-from datamodules.tar import read_samples
+from datamodules.tar import BadSampleError, read_samples
 
 OPEN_SHARDS = 256
 """Bound on mapped shards; each holds a file descriptor, of which systems often allow 1024."""
@@ -102,6 +103,7 @@ class Regions:
         """Map a region into memory, read-only; not to be held longer than it is used.
 
         Raises:
+            BadSampleError: there is no such shard any more, or nothing in it.
             ValueError: a block cannot be fetched, or is not what the index says.
         """
         if region >= len(self._index.shards):
@@ -109,8 +111,15 @@ class Regions:
         if region in self._shards:
             self._shards.move_to_end(region)
             return self._shards[region]
-        with open(self._index.shards[region].url, "rb") as file:
-            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        path = Path(self._index.shards[region].url)
+        try:
+            with path.open("rb") as file:
+                mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (FileNotFoundError, ValueError) as err:  # ValueError: it is empty
+            raise BadSampleError(
+                f"data set {path.parent}: the shard cannot be mapped ({err}) -> its samples cannot "
+                f"be read -> restore it or prepare the corpus again (shard {path.name}, every key)"
+            ) from err
         self._shards[region] = mapped
         if len(self._shards) > OPEN_SHARDS:
             self._shards.popitem(last=False)  # unmapped once the last view of it is gone

@@ -28,6 +28,9 @@ class Codec(Protocol):
         Args:
             members: the sample.
             key: of all that is random about it in this epoch; None in evaluation.
+
+        Raises:
+            ValueError: they cannot be decoded; the sample is then a bad one.
         """
         ...
 
@@ -54,6 +57,9 @@ class StoredSamples:
         identity: what a position depends on, for the stream's state.
         samples_per_block: int64 [blocks].
         sample_bytes: mean size of a sample in its shard.
+
+    Raises:
+        ValueError: there are no samples.
     """
 
     def __init__(
@@ -69,7 +75,9 @@ class StoredSamples:
         self._reader = ShardReader(index, bad_samples, cache)
         self.identity: dict[str, Any] = {"index_digest": index.digest}
         self.samples_per_block: Int64Array = index.blocks[:, 0].astype(np.int64)
-        num_samples = max(1, int(self.samples_per_block.sum()))
+        if not self.samples_per_block.any():
+            raise ValueError(f"data set {index.path}: it has no samples -> give another one")
+        num_samples = int(self.samples_per_block.sum())
         self.sample_bytes = max(1, int(index.blocks[:, 1].sum(dtype=np.int64)) // num_samples)
         self._first_sample = np.cumsum(self.samples_per_block) - self.samples_per_block
         self._row = new_row()
@@ -100,14 +108,22 @@ class StoredSamples:
         self._codec.pad(batch, num_samples)
 
     def _read(self, number: int, epoch: int) -> Any:
-        _, sample, region = self._reader.find(number)
+        key = self._key(number, epoch)
+        return self._reader.read(number, lambda found: self._decode(found, key))
+
+    def _decode(self, number: int, key: np.uint64 | None) -> Any:
+        sample, region = self._reader.sample(number)
         content = self._reader.regions.view(region)
         members = {
             name: content[offset : offset + size] for name, (offset, size) in sample.members.items()
         }
+        try:
+            decoded = self._codec.decode(members, key)
+        except ValueError as err:
+            raise self._reader.error(number, f"its codec cannot decode it ({err})") from err
         self._row[Counter.SAMPLES] += 1
         self._row[Counter.BYTES] += sample.stop - sample.start
-        return self._codec.decode(members, self._key(number, epoch))
+        return decoded
 
     def _key(self, number: int, epoch: int) -> np.uint64 | None:
         if epoch < 0:

@@ -161,7 +161,7 @@ class StreamDataModule(LightningDataModule):
             raise ValueError(
                 f"datamodule.cache.gb={self._cache['gb']} -> the shuffle mixes {lanes} lanes in "
                 f"datamodule.window_mb={self._window_mb}, {active / 2**30:.3g} GiB with the blocks "
-                "at their edges, and takes half of the cache -> raise the first, or lower the second"
+                "at their edges, which may be half of it -> raise the first, or lower the second"
             )
         ranks = self.trainer.num_devices if self.trainer is not None else 1
         return BlockCache(

@@ -20,6 +20,8 @@ def plain_order(seed: int, epoch: int, lanes: int, window: int) -> list[tuple[in
     """The order as its description reads, one sample at a time."""
     blocks = permutation(len(SIZES), hash_key(seed, epoch, 1)).tolist()
     line = [(block, sample) for block in blocks for sample in range(SIZES[block])]
+    begin = int(hash_key(seed, epoch, 4)) % len(line)
+    line = line[begin:] + line[:begin]
     share, more = divmod(len(line), lanes)
     shuffled = []
     for lane in range(lanes):
@@ -93,3 +95,10 @@ def test_order_mixes_sorted_data() -> None:
 @pytest.mark.parametrize(("batch", "lanes"), [(1, 1), (12, 12), (40, 40), (128, 64), (67, 1)])
 def test_lanes_are_the_largest_divisor_up_to_64(batch: int, lanes: int) -> None:
     assert count_lanes(batch) == lanes
+
+
+def test_last_samples_differ_between_epochs_of_one_block() -> None:
+    # Windows of 4 leave the last sample of each lane alone: only where lanes are cut can move it.
+    order = GlobalOrder(np.array([101]), seed=0, num_lanes=5, window=4)
+    last = {tuple(order.locate(epoch, np.arange(100, 101))[1]) for epoch in range(10)}
+    assert len(last) > 5
