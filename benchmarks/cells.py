@@ -1,17 +1,20 @@
 """Small runs by the launcher's own `fit`, on ranks that are started once for all of them."""
 
+import copy
 import json
 import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 from launch.run_directory import RunDirectory
@@ -23,6 +26,10 @@ STEPS = 12
 VARIANTS = {
     "masked": "benchmarks.parity_ranks.MaskedGPT",
     "frozen": "benchmarks.parity_ranks.FrozenGPT",
+    "given": "benchmarks.parity_ranks.FrozenAndGivenGPT",
+    "spoiled": "benchmarks.parity_ranks.SpoiledGPT",
+    "spoiled_unfused": "benchmarks.parity_ranks.SpoiledUnfusedGPT",
+    "let_go": "benchmarks.parity_ranks.LetGoGPT",
 }
 
 
@@ -31,8 +38,7 @@ class Cell:
     """One run of the matrix.
 
     Attributes:
-        module: `gpt`, `masked` (GPT whose rows have few and uneven targets), `frozen` (GPT that
-            keeps its first block) or `two_networks`.
+        module: `gpt`, one of `VARIANTS` of it, or `two_networks`.
         strategy: As `strategy=`.
         precision: As `precision=`.
         recompute: As `activation_checkpointing=`.
@@ -43,6 +49,7 @@ class Cell:
         optimizer: As `module.optimizer.name=`, of a GPT.
         seed: Of the run.
         parameters: As `strategy.make.parameters=`, of strategies that have it.
+        guard: As `trainer.guard.nonfinite=`.
     """
 
     module: str
@@ -56,6 +63,7 @@ class Cell:
     seed: int = 1
     parameters: str = "fp32"
     begun: str | None = None
+    guard: str = "stop"
 
     @property
     def name(self) -> str:
@@ -69,45 +77,38 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run trained: losses [steps], weights by name; or the error it ended with."""
+    """What a run trained: losses [logged steps], weights by name; or the error it ended with."""
 
     losses: torch.Tensor
     weights: dict[str, torch.Tensor]
     error: str | None = None
+    num_skipped: int = 0
+    exchanged: frozenset[str] = frozenset()
+    """Dtypes of the gradients that ranks exchanged, where that was noted."""
 
 
 def configure(cell: Cell, folder: Path, ranks: int, accelerator: str) -> DictConfig:
     """Compose and complete the configuration of a cell."""
-    overrides = [
-        "experiment=gpt_char_cpu",
-        f"seed={cell.seed}",
-        f"strategy={cell.strategy}",
-        f"precision={cell.precision}",
-        f"activation_checkpointing={cell.recompute}",
-        f"runs_dir={folder / 'runs'}",
-        f"data_dir={folder / 'data'}",
-        f"corpus.path={folder / 'text.txt'}",
-        f"run.name={cell.name}",
-        f"trainer.devices={ranks}",
-        f"trainer.accelerator={accelerator}",
-        "trainer.log_every_steps=1",
-        "trainer.timeout_s=120",
-        f"trainer.val_every_steps={10 * STEPS}",
-        "datamodule.val_max_samples=8",
-        "checkpoints.every_steps=null",
-        "batch_samples=8",
-        f"micro_batch={'null' if cell.micro is None else cell.micro}",
-        f"max_steps={STEPS}",
-        "datamodule.sequence_length=16",
-        "module.network={num_layers: 2, num_heads: 2, width: 32, dropout: 0.0}",
-        f"module.optimizer.name={cell.optimizer}",
-        f"module.optimizer.lr={0.02 if cell.optimizer == 'muon' else 0.1}",
-        "module.optimizer.gradient_clip=0.5",
-        "module.schedule={name: constant, final_lr_fraction: null, warmup_samples: 0}",
-        "module.preview.max_new_tokens=1",
-    ]
-    with hydra.initialize_config_module("conf", version_base=None):
-        config = hydra.compose("train", overrides)
+    config = copy.deepcopy(_composed(cell.strategy))
+    settings = {
+        "seed": cell.seed,
+        "precision": cell.precision,
+        "activation_checkpointing": cell.recompute,
+        "runs_dir": str(folder / "runs"),
+        "data_dir": str(folder / "data"),
+        "corpus.path": str(folder / "text.txt"),
+        "run.name": cell.name,
+        "trainer.devices": ranks,
+        "trainer.accelerator": accelerator,
+        # A guard that is read late has had steps to judge in between.
+        "trainer.log_every_steps": STEPS // 2 if cell.module.startswith("spoiled") else 1,
+        "trainer.guard.nonfinite": cell.guard,
+        "micro_batch": cell.micro,
+        "module.optimizer.name": cell.optimizer,
+        "module.optimizer.lr": 0.02 if cell.optimizer == "muon" else 0.1,
+    }
+    for key, value in settings.items():
+        OmegaConf.update(config, key, value)
     if cell.module in VARIANTS:
         config.module._target_ = VARIANTS[cell.module]
     if cell.module == "two_networks":
@@ -121,6 +122,28 @@ def configure(cell: Cell, folder: Path, ranks: int, accelerator: str) -> DictCon
         config.strategy.make.parameters = cell.parameters
     complete(config, ranks)
     return config
+
+
+@cache
+def _composed(strategy: str) -> DictConfig:
+    """What the cells of a strategy have in common; composing takes longer than some of them."""
+    overrides = [
+        "experiment=gpt_char_cpu",
+        f"strategy={strategy}",
+        "trainer.timeout_s=120",
+        f"trainer.val_every_steps={10 * STEPS}",
+        "datamodule.val_max_samples=8",
+        "checkpoints.every_steps=null",
+        "batch_samples=8",
+        f"max_steps={STEPS}",
+        "datamodule.sequence_length=16",
+        "module.network={num_layers: 2, num_heads: 2, width: 32, dropout: 0.0}",
+        "module.optimizer.gradient_clip=0.5",
+        "module.schedule={name: constant, final_lr_fraction: null, warmup_samples: 0}",
+        "module.preview.max_new_tokens=1",
+    ]
+    with hydra.initialize_config_module("conf", version_base=None):
+        return hydra.compose("train", overrides)
 
 
 def _use_two_networks(config: DictConfig, cell: Cell) -> None:
@@ -142,10 +165,17 @@ def run_cells(cells: list[Cell], folder: Path, ranks: int, accelerator: str) -> 
         run = RunDirectory(folder / "runs" / cell.name)
         run.path.mkdir(parents=True)
         run.accept(configure(cell, folder, ranks, accelerator))
-    jobs = folder / f"cells-{ranks}.json"
+    # Runs on one rank of a CPU use one core, and most machines have more.
+    shares = [cells[::2], cells[1::2]] if (ranks, accelerator) == (1, "cpu") else [cells]
+    with ThreadPoolExecutor(len(shares)) as starts:
+        list(starts.map(lambda share: _train(share, folder, ranks), filter(None, shares)))
+    return {cell: read_outcome(folder / "runs" / cell.name) for cell in cells}
+
+
+def _train(cells: list[Cell], folder: Path, ranks: int) -> None:
+    jobs = folder / f"cells-{ranks}-{cells[0].name}.json"
     jobs.write_text(json.dumps([cell.as_dict() for cell in cells]))
     start_ranks("benchmarks.parity_ranks", [str(jobs)], ranks)
-    return {cell: read_outcome(folder / "runs" / cell.name) for cell in cells}
 
 
 def write_text(folder: Path) -> None:
@@ -190,4 +220,7 @@ def read_outcome(run: Path) -> Outcome:
     rows = read_metrics(run / "metrics.jsonl")
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     weights = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "weights.safetensors")
-    return Outcome(torch.tensor(losses), weights)
+    num_skipped = max(row.get("train/skipped_steps", 0) for row in rows)
+    noted = run / "exchanged.json"
+    exchanged = frozenset(json.loads(noted.read_text()) if noted.exists() else ())
+    return Outcome(torch.tensor(losses), weights, None, int(num_skipped), exchanged)

@@ -1,4 +1,4 @@
-"""Bytes of live tensors per rank, strategy by strategy, beside the formula of docs/parallelism.md.
+"""Bytes of live tensors per rank and kind, beside the formula of docs/parallelism.md.
 
     python -m benchmarks.memory ranks=2 [parameters=fp32,low] [strategies=...]
 
@@ -15,6 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from launch.run_directory import RunDirectory
 from trainers.strategies.memory import bytes_per_parameter
 
 STEP = 2
+KINDS: tuple[str, ...] = ("parameters", "gradients", "masters", "optimizer")
+BUCKET = 10_000
+"""Elements of DeepSpeed's buffers, which count as gradients."""
 
 
 class LiveBytes(Callback):
@@ -51,13 +55,45 @@ class LiveBytes(Callback):
         sizes: Any = pl_module
         parameters = sum(size.numel() for size in sizes._sizes.values())
         # A thread of gloo may hold the buffer of the last exchange for a moment longer.
-        live = min(self._bytes_soon() for _ in range(3))
+        counts = [self._bytes_soon(trainer.strategy) for _ in range(3)]
+        live = min(counts, key=lambda count: sum(count.values()))
         result = {"bytes": live, "parameters": parameters}
         (self.path / f"live-{trainer.global_rank}.json").write_text(json.dumps(result))
 
-    def _bytes_soon(self) -> int:
+    def _bytes_soon(self, strategy: Any) -> dict[str, int]:
         time.sleep(0.1)
-        return sum(n for k, n in live_storages().items() if self.before.get(k) != n)
+        kinds, sums = kinds_of_storages(strategy), dict.fromkeys(KINDS, 0)
+        for address, size in live_storages().items():
+            if self.before.get(address) != size:
+                sums[kinds.get(address, "gradients")] += size
+        return sums
+
+
+def kinds_of_storages(strategy: Any) -> dict[int, str]:
+    """Address -> what a strategy keeps there, of all storages but those of gradients.
+
+    DeepSpeed has gradients in too many places to name them all; they are what is left, and the few
+    communication buffers with them.
+    """
+    own = list(strategy.module.parameters())
+    optimizers = [e.optimizer.optimizer for e in getattr(strategy, "engines", {}).values()]
+    states = [s for o in (*strategy.optimizers, *optimizers) for s in o.state.values()]
+    owners = {
+        "masters": [shard.flat for shard in getattr(strategy, "shards", {}).values()],
+        "optimizer": [value for state in states for value in state.values()],
+        "parameters": [*own, *(p.ds_tensor for p in own if hasattr(p, "ds_tensor"))],
+    }
+    return {
+        storage_of(value).data_ptr(): kind
+        for kind, values in owners.items()
+        for value in values
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """Where a tensor, or this rank's shard of it, lies."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
 
 
 def live_storages() -> dict[int, int]:
@@ -82,13 +118,13 @@ def all_cells(strategies: Iterable[str] = STRATEGIES) -> list[Cell]:
     ]
 
 
-def formula(cell: Cell, ranks: int) -> float:
-    """Bytes per parameter that a cell should take on a rank."""
-    return bytes_per_parameter(cell.strategy, ranks, low=cell.parameters == "low").total
+def formula(cell: Cell, ranks: int) -> dict[str, float]:
+    """Kind -> bytes per parameter that a cell should take on a rank."""
+    return asdict(bytes_per_parameter(cell.strategy, ranks, low=cell.parameters == "low"))
 
 
-def measure(cells: list[Cell], folder: Path, ranks: int) -> dict[Cell, float]:
-    """Bytes per parameter of each cell on its fullest rank; ranks are started once for all.
+def measure(cells: list[Cell], folder: Path, ranks: int) -> dict[Cell, dict[str, float]]:
+    """Kind -> bytes per parameter, of each cell on its fullest rank; ranks are started once.
 
     Raises:
         RuntimeError: A run failed.
@@ -98,6 +134,8 @@ def measure(cells: list[Cell], folder: Path, ranks: int) -> dict[Cell, float]:
         config = configure(cell, folder, ranks, "cpu")
         OmegaConf.set_struct(config, False)
         config.module.network.merge_with({"num_layers": 4, "num_heads": 4, "width": 256})
+        if "config" in config.strategy.make:
+            config.strategy.make.config.zero_optimization.reduce_bucket_size = BUCKET
         run = RunDirectory(folder / "runs" / cell.name)
         run.path.mkdir(parents=True)
         config.trainer.callbacks = {
@@ -110,11 +148,12 @@ def measure(cells: list[Cell], folder: Path, ranks: int) -> dict[Cell, float]:
     return {cell: _on_fullest_rank(folder / "runs" / cell.name) for cell in cells}
 
 
-def _on_fullest_rank(run: Path) -> float:
+def _on_fullest_rank(run: Path) -> dict[str, float]:
     if (error := run / "error.txt").exists():
         raise RuntimeError(f"{run.name} -> {error.read_text()}")
     rows = [json.loads(file.read_text()) for file in run.glob("live-*.json")]
-    return max(row["bytes"] / row["parameters"] for row in rows)
+    found = [{kind: n / row["parameters"] for kind, n in row["bytes"].items()} for row in rows]
+    return max(found, key=lambda kinds: sum(kinds.values()))
 
 
 def main() -> None:
@@ -127,13 +166,13 @@ def main() -> None:
     options |= dict(OmegaConf.from_dotlist(sys.argv[1:]))  # type: ignore[arg-type]
     ranks, kept = int(options["ranks"]), options["parameters"].split(",")
     cells = [c for c in all_cells(options["strategies"].split(",")) if c.parameters in kept]
-    table = Table("strategy", "parameters", "bytes measured", "formula", "ratio")
+    table = Table("strategy", "parameters", *KINDS, "bytes measured", "formula", "ratio")
     with tempfile.TemporaryDirectory() as folder:
         found = measure(cells, Path(folder), ranks)
     for cell, measured in found.items():
-        expected = formula(cell, ranks)
-        numbers = f"{measured:.2f}", f"{expected:.2f}", f"{measured / expected:.3f}"
-        table.add_row(cell.strategy, cell.parameters, *numbers)
+        total, expected = sum(measured.values()), sum(formula(cell, ranks).values())
+        numbers = *measured.values(), total, expected, total / expected
+        table.add_row(cell.strategy, cell.parameters, *(f"{number:.3g}" for number in numbers))
     Console(width=100).print(table)
     print(f"bytes per parameter on the fullest of {ranks} ranks")
 

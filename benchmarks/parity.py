@@ -55,7 +55,7 @@ def variants(cell: Cell) -> list[Cell]:
 
 def exact_reference(cell: Cell) -> Cell:
     """One rank in fp32."""
-    return Cell(cell.module, "single", optimizer=cell.optimizer, seed=cell.seed)
+    return Cell(cell.module, "single", optimizer=cell.optimizer, seed=cell.seed, guard=cell.guard)
 
 
 def own_references(cell: Cell) -> list[Cell]:

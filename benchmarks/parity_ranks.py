@@ -9,10 +9,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.cells import Cell, configure
 from benchmarks.two_networks import TwoNetworks
@@ -21,6 +25,9 @@ from launch.run_directory import RunDirectory
 from launch.train import fit
 from modules.gpt import GPT
 from trainers.strategies.parts import PartsStrategy
+from trainers.strategies.whole_state import WholeState
+
+SPOILED_STEP, LET_GO_AFTER = 4, 6
 
 
 class MaskedGPT(GPT):
@@ -43,6 +50,48 @@ class FrozenGPT(GPT):
     def __init__(self, **options: Any):
         super().__init__(**options)
         self.network.blocks[0].requires_grad_(False)
+
+
+class FrozenAndGivenGPT(FrozenGPT):
+    """One that keeps gains and biases too, and gives all parameters to its optimizer."""
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """As its parent, with a group in part and a group in whole that nothing changes."""
+        self.network.requires_grad_(True)
+        built = super().configure_optimizers()
+        self.network.blocks[0].requires_grad_(False)
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter.ndim >= 2)
+        return built
+
+
+class LetGoGPT(FrozenAndGivenGPT):
+    """One that lets its first block go in the middle of the run."""
+
+    def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Tensor]:
+        """As its parent."""
+        self.network.blocks[0].requires_grad_(self.trainer.global_step >= LET_GO_AFTER)
+        return super().training_step(batch, batch_idx)
+
+
+class SpoiledGPT(GPT):
+    """A GPT whose loss on the last rank is no number at one step."""
+
+    def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Tensor]:
+        """As its parent."""
+        step, trainer = super().training_step(batch, batch_idx), self.trainer
+        is_last_rank = trainer.global_rank == trainer.world_size - 1
+        if trainer.global_step == SPOILED_STEP - 1 and is_last_rank:
+            step["loss"] = step["loss"] * float("nan")
+        return step
+
+
+class SpoiledUnfusedGPT(SpoiledGPT):
+    """One whose optimizer cannot leave out a step by itself."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain SGD, as `strategy=single` has it too."""
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class PerRankMean(MaskedGPT):
@@ -109,12 +158,50 @@ def without_reshard() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def without_state() -> Iterator[None]:
+    """Continue with weights alone."""
+    with mock.patch.object(WholeState, "load_optimizer_state_dict", return_value=None):
+        yield
+
+
+class Exchanges(TorchDispatchMode):
+    """Notes the dtypes of what ranks add up."""
+
+    noted: ClassVar[set[str]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do it, after a note."""
+        if func.namespace == "c10d" and "reduce" in func.overloadpacket.__name__:
+            values = [
+                v for v in tree_leaves(args) if isinstance(v, Tensor) and v.is_floating_point()
+            ]
+            self.noted.update(str(value.dtype) for value in values)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def noting_exchanges() -> Iterator[None]:
+    """Break nothing; note in which dtypes gradients are exchanged."""
+    differentiate = PartsStrategy.differentiate
+
+    def noted(strategy: PartsStrategy, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with Exchanges():
+            differentiate(strategy, loss, *args, **kwargs)
+
+    Exchanges.noted.clear()
+    with mock.patch.object(PartsStrategy, "differentiate", noted):
+        yield
+
+
 CONTROLS: dict[str, tuple[str | None, Callable[[], contextlib.AbstractContextManager[None]]]] = {
     "unfrozen": ("benchmarks.parity_ranks.Unfrozen", unchecked),
     "two_backwards": ("benchmarks.parity_ranks.TwoBackwards", unchecked),
     "no_clipping": (None, without_clipping),
     "per_rank_mean": ("benchmarks.parity_ranks.PerRankMean", contextlib.nullcontext),
     "no_reshard": (None, without_reshard),
+    "lost_state": (None, without_state),
+    "noted": (None, noting_exchanges),
 }
 """Name -> the module to put in, and what to break."""
 
@@ -148,12 +235,15 @@ def main() -> None:
         gc.freeze()  # what stays from cell to cell need not be looked through at each collection
         run = RunDirectory(jobs.parent / "runs" / cell.name)
         try:
-            with contextlib.redirect_stdout(None):
+            # Drawing a picture takes a third of a cell's time.
+            with mock.patch("trainers.metrics.plot_losses"), contextlib.redirect_stdout(None):
                 train_cell(cell, run)
         except Exception as error:
             (run.path / "error.txt").write_text(f"{type(error).__name__}: {error}")
             if os.environ.get("VERBOSE"):
                 traceback.print_exc()
+        if cell.control == "noted":
+            (run.path / "exchanged.json").write_text(json.dumps(sorted(Exchanges.noted)))
 
 
 if __name__ == "__main__":

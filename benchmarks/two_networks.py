@@ -12,11 +12,22 @@ from typing import Any
 import torch
 from lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import linear, softplus
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
 NOISE, POINT, WIDTH = 4, 6, 16
+
+
+class Linear(nn.Linear):
+    """A linear map with weights taken in the dtype of the input.
+
+    A strategy may keep them in low precision, and a penalty is computed in fp32.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Transform `input` [B, inputs]."""
+        return linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
 
 
 class Layer(nn.Module):
@@ -24,7 +35,7 @@ class Layer(nn.Module):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.linear = nn.Linear(inputs, outputs)
+        self.linear = Linear(inputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform `x` [B, inputs]."""
@@ -48,10 +59,10 @@ class TwoNetworks(LightningModule):
         self.automatic_optimization = False
         torch.manual_seed(seed)
         self.discriminator = nn.Sequential(
-            Layer(POINT, WIDTH), Layer(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
+            Layer(POINT, WIDTH), Layer(WIDTH, WIDTH), Linear(WIDTH, 1)
         )
         self.generator = nn.Sequential(
-            Layer(NOISE, WIDTH), Layer(WIDTH, WIDTH), nn.Linear(WIDTH, POINT)
+            Layer(NOISE, WIDTH), Layer(WIDTH, WIDTH), Linear(WIDTH, POINT)
         )
         self.lr, self.r1, self.ema_decay = optimizer["lr"], r1, ema_decay
         for name, parameter in self.generator.named_parameters():
@@ -100,16 +111,19 @@ class TwoNetworks(LightningModule):
         return optimizer.toggle_model(sync_grad=is_last)
 
     def discriminator_loss(self, points: Tensor, noise: Tensor) -> Tensor:
-        """softplus(D(G(z))) + softplus(-D(x)) + r1 |grad D(x)|^2, the penalty in fp32."""
+        """softplus(D(G(z))) + softplus(-D(x)) + r1 |grad D(x)|^2."""
         with torch.no_grad():
             fakes = self.generator(noise)
         loss = softplus(self.discriminator(fakes)) + softplus(-self.discriminator(points))
-        points = points.detach().requires_grad_()
+        return (loss.squeeze(1) + self.r1 * self.penalty(points)).mean()
+
+    def penalty(self, points: Tensor) -> Tensor:
+        """|grad D(x)|^2 [B], computed in fp32 under any autocast."""
+        points = points.detach().float().requires_grad_()
         with torch.autocast(points.device.type, enabled=False):
-            dtype = next(self.discriminator.parameters()).dtype
-            scores = self.discriminator(points.to(dtype)).float()
+            scores = self.discriminator(points)
             (gradient,) = torch.autograd.grad(scores.sum(), points, create_graph=True)
-        return (loss.squeeze(1) + self.r1 * gradient.float().square().sum(1)).mean()
+        return gradient.square().sum(1)
 
     def generator_loss(self, points: Tensor, noise: Tensor) -> Tensor:
         """softplus(-D(G(z)))."""

@@ -9,83 +9,17 @@ differently from what was asked. What a value may be by itself is in `trainers/l
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from trainers.limits import check_values
-from trainers.strategies.deepspeed_settings import DECIDED_ELSEWHERE, UNUSABLE
+from trainers.rules import RULES, Facts, Launch, rule
+from trainers.strategies.deepspeed_settings import DECIDED_ELSEWHERE, KNOWN, UNUSABLE
 
-Facts = dict[str, Any] | None
 ZERO = "zero1, zero2, zero3, zero3_offload"
 ZERO_KEY = "strategy.make.config.zero_optimization"
 HIGHEST_TWICE = 2  # stage of ZeRO at which a gradient can be differentiated once more
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What is to run; rules about the module do not apply before it is built."""
-
-    config: Mapping[str, Any]
-    ranks: int
-    module: Any
-
-    @property
-    def make(self) -> Mapping[str, Any]:
-        """Settings of the strategy."""
-        return self.config["strategy"].get("make") or {}
-
-    @property
-    def zero(self) -> Mapping[str, Any]:
-        """What DeepSpeed is told about ZeRO."""
-        return (self.make.get("config") or {}).get("zero_optimization") or {}
-
-    @property
-    def deepspeed(self) -> dict[str, Any]:
-        """What DeepSpeed is told: `section.key` -> value, sections too."""
-        return dict(_with_sections(self.make.get("config") or {}))
-
-    @property
-    def parts(self) -> list[str]:
-        """Names of the module's parts; one that names none is one."""
-        return list(getattr(self.module, "parts", None) or ["model"])
-
-    @property
-    def twice(self) -> list[str]:
-        """Names of the parts whose gradients are differentiated once more."""
-        return list(getattr(self.module, "double_backward", ()))
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A combination of module, strategy, precision and optimizer, and what is said about it."""
-
-    message: str
-    find: Callable[[Launch], Facts]
-    is_refused: bool = True
-    module: str = "any"
-    strategy: str = "any"
-    precision: str = "any"
-    optimizer: str = "any"
-
-
-def _with_sections(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        yield prefix + key, value
-        if isinstance(value, Mapping):
-            yield from _with_sections(value, f"{prefix}{key}.")
-
-
-RULES: list[Rule] = []
-
-
-def rule(message: str, **columns: Any) -> Callable[[Callable[[Launch], Facts]], None]:
-    """Add the rule that a function finds the facts of."""
-
-    def add(find: Callable[[Launch], Facts]) -> None:
-        RULES.append(Rule(message, find, **columns))
-
-    return add
 
 
 def check(config: Mapping[str, Any], world_size: int, module: Any = None) -> list[str]:
@@ -158,6 +92,32 @@ def _fp16_parameters(launch: Launch) -> Facts:
 
 
 @rule(
+    "strategy.make.parameters=low precision=fp32 -> low is the precision of the run -> parameters "
+    "are fp32, as without it",
+    strategy=f"{ZERO}, fsdp",
+    precision="fp32",
+    is_refused=False,
+)
+def _low_is_fp32(launch: Launch) -> Facts:
+    is_low = launch.make.get("parameters") == "low" and launch.config["precision"] == "fp32"
+    return {} if is_low else None
+
+
+@rule(
+    "strategy=fsdp -> {module} has no `blocks` to gather one at a time (docs/adding.md) -> every "
+    "rank gathers all weights of a network while it is at work",
+    module="without `blocks`",
+    strategy="fsdp",
+    is_refused=False,
+)
+def _gathered_at_once(launch: Launch) -> Facts:
+    is_fsdp = launch.config["strategy"]["name"] == "fsdp"
+    if launch.module is None or not is_fsdp or getattr(launch.module, "blocks", None):
+        return None
+    return {"module": type(launch.module).__name__}
+
+
+@rule(
     "strategy.make.shard_size={size} -> {ranks} rank(s) do not divide into groups of that size -> "
     "use a divisor, or null for one group",
     strategy="fsdp",
@@ -166,6 +126,19 @@ def _uneven_groups(launch: Launch) -> Facts:
     size = launch.make.get("shard_size")
     is_even = size is None or (isinstance(size, int) and size > 0 and launch.ranks % size == 0)
     return None if is_even else {"size": size, "ranks": launch.ranks}
+
+
+@rule(
+    "strategy.make.config.{key} -> DeepSpeed has no such setting and would ignore it -> {remedy}",
+    strategy=ZERO,
+)
+def _unknown_deepspeed_key(launch: Launch) -> Facts:
+    unknown = [key for key in launch.make.get("config") or () if key not in KNOWN]
+    if not unknown:
+        return None
+    near = get_close_matches(unknown[0], KNOWN, 1)
+    name = DECIDED_ELSEWHERE.get(near[0], near[0]) if near else None
+    return {"key": unknown[0], "remedy": f"use {name}" if name else "leave it out"}
 
 
 @rule(

@@ -15,12 +15,16 @@ BARE = SimpleNamespace(automatic_optimization=True)
 NAIVE = SimpleNamespace(parts=TWO.parts, automatic_optimization=True, blocks=[])
 KEY = "+strategy.make.config"
 ZERO = "strategy.make.config.zero_optimization"
+LOW = "strategy.make.parameters=low"
 
 # Rule -> overrides, ranks, module, and what the message must say.
 BROKEN = {
     "_single_among_many": ([], 2, None, "2 ranks"),
     "_nodes_without_ranks": (["strategy=ddp", "cluster.nodes=2"], 2, None, "nodes=2"),
     "_uneven_groups": (["strategy=fsdp", "strategy.make.shard_size=3"], 4, None, "=3 -> 4 rank"),
+    "_unknown_deepspeed_key": (
+        ["strategy=zero2", f"{KEY}.dump_stat=true"], 2, None, ".dump_stat -> DeepSpeed has no such"
+    ),
     "_deepspeed_key_of_ours": (
         ["strategy=zero2", f"{KEY}.gradient_clipping=1"], 2, None, "module.optimizer.gradient_clip"
     ),
@@ -45,13 +49,18 @@ BROKEN = {
 }  # fmt: skip
 NOTED = {
     "_fp16_parameters": (["strategy=zero2", "precision=fp16"], 2, None, "fp16 beside fp32"),
+    "_low_is_fp32": (["strategy=fsdp", LOW, "precision=fp32"], 2, None, "are fp32, as without it"),
+    "_gathered_at_once": (["strategy=fsdp"], 2, BARE, "no `blocks` to gather"),
     "_stage_lowered": (["strategy=zero3"], 2, TWO, "gradients of discriminator"),
     "_results_for_one_backward": (["activation_checkpointing=selective"], 1, TWO, "recomputed"),
 }
 # What is near to a combination that is refused, and is not one.
 ALLOWED = [
     (["strategy=ddp"], 2, None),
-    (["strategy=zero2", "precision=fp16", "strategy.make.parameters=low"], 2, None),
+    (["strategy=zero2", "precision=fp16", LOW], 2, None),
+    (["strategy=zero2", LOW, f"{KEY[1:]}.bf16.check_grad_overflow=false"], 2, None),
+    (["strategy=zero1", f"{KEY}.dump_state=true"], 2, None),
+    (["strategy=fsdp"], 2, SimpleNamespace(blocks=[None])),
     (["strategy=fsdp", "strategy.make.shard_size=2"], 4, None),
     (["strategy=zero3", "+strategy.make.part_stages.discriminator=2"], 2, TWO),
     (["strategy=zero3", "+strategy.make.part_stages.generator=3"], 2, NAIVE.__class__(
@@ -93,6 +102,30 @@ def test_what_is_arranged_differently_is_said(check, name):
 @pytest.mark.parametrize(("overrides", "ranks", "module"), ALLOWED)
 def test_what_is_near_is_allowed(check, overrides, ranks, module):
     assert check(overrides, ranks, module) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("gradient_cliping", "use module.optimizer.gradient_clip"),  # not DeepSpeed's own name
+        ("bfloat16", "use bf16"),  # an old name, which the section that is always there overrules
+        ("comunication_data_type", "use communication_data_type"),
+        ("xyz", "leave it out"),
+    ],
+)
+def test_unknown_deepspeed_key_is_refused_with_what_was_meant(check, key, remedy):
+    with pytest.raises(ValueError, match=f"config.{key} -> .* -> {remedy}$"):
+        check(["strategy=zero2", f"{KEY}.{key}=1"], 2, None)
+
+
+@pytest.mark.parametrize("section", ["bf16", "fp16"])
+def test_deepspeed_precision_is_that_of_the_run(check, section):
+    with pytest.raises(ValueError, match=f"config.{section}.enabled -> the run decides"):
+        check(["strategy=zero2", f"{KEY}.{section}.enabled=true"], 2, None)
+    with pytest.raises(ValueError, match=r"master_weights_and_grads -> masters are fp32"):
+        check(
+            ["strategy=zero2", f"{KEY}.{section}.{section}_master_weights_and_grads=true"], 2, None
+        )
 
 
 def test_every_rule_is_tried():

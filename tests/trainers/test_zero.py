@@ -1,4 +1,6 @@
-"""ZeRO without ranks: what it places, and loss scales that other strategies can read."""
+"""ZeRO without ranks: what it places and tells DeepSpeed, its guard, its loss scales."""
+
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -6,7 +8,13 @@ import torch
 from torch import nn
 from torchmetrics import SumMetric
 
-from trainers.strategies.deepspeed_settings import import_deepspeed, read_scale, set_scale
+from trainers.strategies.deepspeed_settings import (
+    KNOWN,
+    complete_config,
+    import_deepspeed,
+    read_scale,
+    set_scale,
+)
 from trainers.strategies.replicated import Single
 from trainers.strategies.zero import ZeRO
 
@@ -24,10 +32,14 @@ class Judge(lightning.LightningModule):
         return {"network": self.network}
 
 
+def make_zero(stage, **options):
+    options |= {"precision": "fp32", "device_type": "cpu", "timeout_s": 60}
+    return ZeRO(stage=stage, part_stages={}, parameters="fp32", config={}, **options)
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_is_not_sharded_goes_to_the_device(stage, monkeypatch):
-    options = {"precision": "fp32", "device_type": "cpu", "timeout_s": 60}
-    strategy = ZeRO(stage=stage, part_stages={}, parameters="fp32", config={}, **options)
+    strategy = make_zero(stage)
     device = torch.device("meta")  # any other than the CPU
     monkeypatch.setattr(ZeRO, "root_device", device)
     module = strategy._lightning_module = Judge()
@@ -38,6 +50,93 @@ def test_what_is_not_sharded_goes_to_the_device(stage, monkeypatch):
     assert module.metric.sum_value.device == device
     left = torch.device("cpu") if stage == 3 else device  # DeepSpeed moves them one by one
     assert {p.device for p in module.network.parameters()} == {left}
+
+
+class Reads(dict):
+    """A configuration that notes the keys it is asked for at the top level."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.keys_read = set()
+
+    def __contains__(self, key):
+        self.keys_read.add(key)
+        return super().__contains__(key)
+
+    def __copy__(self):
+        return self
+
+    def get(self, key, default=None):
+        self.keys_read.add(key)
+        return super().get(key, default)
+
+    def keys(self):  # type: ignore[override]
+        return self  # for `in`
+
+
+def test_known_keys_are_those_that_deepspeed_reads():
+    import_deepspeed("cpu")
+    from deepspeed.runtime import config
+
+    read = Reads({"train_micro_batch_size_per_gpu": 1})
+    config.DeepSpeedConfig(read)
+    refused = {*config._REMOVED_TOP_LEVEL_CONFIG_KEYS, "bfloat16"}
+    # It asks for the size of ranks that share sequences only where there are ranks.
+    assert read.keys_read - refused - {"sequence_parallel_size"} == KNOWN
+
+
+@pytest.mark.parametrize(
+    ("dtype", "section"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, None)]
+)
+def test_sections_of_precision_are_completed_and_not_replaced(dtype, section):
+    config = {
+        "bf16": {"check_grad_overflow": False},
+        "fp16": {"hysteresis": 3},
+        "zero_optimization": {},
+    }
+    completed = complete_config(config, stage=2, clip=None, dtype=dtype)
+    assert completed["bf16"] == {"check_grad_overflow": False, "enabled": section == "bf16"}
+    assert completed["fp16"] == {"hysteresis": 3, "enabled": section == "fp16"}
+
+
+class Guard:
+    """Calls every step off, and knows why or does not."""
+
+    def __init__(self, reason):
+        self.reason = reason
+
+    def __call__(self, part, loss, norm):
+        return ~norm.isfinite() | True
+
+    def check(self, trainer):
+        if self.reason:
+            raise FloatingPointError(self.reason)
+
+
+def zero_with_engine(guard, norm=1.0):
+    """A strategy whose engine is about to step by an optimizer that is not fused."""
+    inner = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    strategy = make_zero(2, guard=guard)
+    strategy.parallel_devices = [torch.device("cpu")]
+    optimizer = SimpleNamespace(optimizer=inner, _global_grad_norm=norm)
+    strategy.engines = {"model": SimpleNamespace(optimizer=optimizer)}
+    strategy._lightning_module = Judge()
+    strategy._lightning_module.trainer = SimpleNamespace()
+    strategy._losses = {"model": torch.ones(())}
+    return strategy
+
+
+def test_step_called_off_in_an_engine_has_the_reason_of_the_guard():
+    with pytest.raises(FloatingPointError, match="the loss on rank 1"):
+        zero_with_engine(Guard("the loss on rank 1"))._before_inner_step("model")
+    with pytest.raises(ValueError, match=r"SGD cannot do that .* -> .* fused=True"):
+        zero_with_engine(Guard(None))._before_inner_step("model")
+
+
+@pytest.mark.parametrize("norm", [-1.0, float("inf"), float("nan"), torch.tensor(-1.0)])
+def test_norm_that_deepspeed_could_not_take_is_not_finite(norm):
+    assert zero_with_engine(None, norm)._norm("model") == float("inf")
+    assert zero_with_engine(None, 2.0)._norm("model") == 2
 
 
 @pytest.fixture

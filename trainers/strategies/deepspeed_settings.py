@@ -15,7 +15,7 @@ DECIDED_ELSEWHERE = {
     "train_micro_batch_size_per_gpu": "micro_batch",
     "gradient_accumulation_steps": "micro_batch",
     "gradient_clipping": "module.optimizer.gradient_clip",
-    "bf16": "precision and strategy.make.parameters",
+    "bf16.enabled": "precision and strategy.make.parameters",
     "optimizer": "module.optimizer",
     "scheduler": "module.schedule",
     "zero_optimization.stage": "strategy and strategy.make.part_stages",
@@ -34,8 +34,28 @@ UNUSABLE = {
     "zero_optimization.mics_shard_size": "it is an engine of its own, which was not tried",
     "zero_optimization.zero_hpz_partition_size": "its second copy of the weights was not tried",
     "fp16.fp16_master_weights_and_grads": "masters are fp32 under every strategy",
+    "bf16.bf16_master_weights_and_grads": "masters are fp32 under every strategy",
+    "bf16.bf16_optimizer_states": "state is fp32 under every strategy",
 }
 """Its keys -> why not."""
+
+_KNOWN = """
+activation_checkpointing aio autotuning bf16 checkpoint comet comms_logger communication_data_type
+compile csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt
+disable_allgather disable_python_gc dump_state expert_parallel flops_profiler fp16
+gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor
+hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
+prescale_gradients scheduler seq_parallel_communication_data_type steps_per_print tensor_parallel
+tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
+use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
+zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+"""
+KNOWN = frozenset(_KNOWN.split())
+"""Its keys at the top level, of which it ignores others without a word.
+
+A list, for importing DeepSpeed takes seconds; `tests/trainers/test_zero.py` compares it with what
+the installed one reads. Inside sections DeepSpeed mostly refuses by itself.
+"""
 
 
 def complete_config(
@@ -58,7 +78,7 @@ def complete_config(
         "train_micro_batch_size_per_gpu": 1,  # only products of it are used, in log lines
         "gradient_accumulation_steps": 1,  # the boundary is set at each backward
         "gradient_clipping": clip or 0.0,  # its default is 1
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {**config.get("bf16", {}), "enabled": dtype == torch.bfloat16},
         "fp16": {**config.get("fp16", {}), "enabled": dtype == torch.float16},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -62,6 +62,7 @@ class FullySharded(PartsStrategy):
     """
 
     shards_parameters = True
+    trains_unfrozen = True
 
     def __init__(
         self,

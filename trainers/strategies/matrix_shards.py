@@ -27,7 +27,8 @@ def lay_out(engine: Any, optimizer: Optimizer) -> None:
     shards = find_shards(engine)
     by_flat: dict[Tensor, list[ShardedParameter]] = defaultdict(list)
     for group in optimizer.param_groups:
-        for parameter in group["params"] if group["kind"] == "muon" else []:
+        trained = [parameter for parameter in group["params"] if parameter in shards]
+        for parameter in trained if group["kind"] == "muon" else []:
             by_flat[shards[parameter].flat].append(shards[parameter])
     for flat, matrices in by_flat.items():
         peers = matrices[0].group

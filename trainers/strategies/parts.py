@@ -15,7 +15,7 @@ one `manual_backward` of all its terms summed; then `optimizer.step()` and `opti
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Trainer
@@ -29,8 +29,16 @@ from trainers.strategies.precision import Autocast, step_unless
 from trainers.strategies.whole_state import WholeState
 
 Clip = float | None | Mapping[str, float | None]
-Guard = Callable[[str, Tensor, Tensor], Tensor | None]
-"""(part, loss, gradient norm) -> bool scalar, whether not to step; None: step."""
+
+
+class Guard(Protocol):
+    """Judges steps (`trainers/callbacks/step_guard.py`)."""
+
+    def __call__(self, part: str, loss: Tensor, norm: Tensor) -> Tensor | None:
+        """Say whether a part is not to step, a bool scalar; None: step."""
+
+    def check(self, trainer: Trainer) -> None:
+        """Raise on all ranks if a step that was judged ends the run; collective."""
 
 
 LATE_S = 60
@@ -54,6 +62,8 @@ class PartsStrategy(WholeState):
 
     shards_parameters = False
     """Whether a rank alone cannot run the model."""
+    trains_unfrozen = False
+    """Whether parameters can be trained that did not require gradients at the start."""
 
     def __init__(
         self,
@@ -74,6 +84,7 @@ class PartsStrategy(WholeState):
         """Norm of each part's whole gradient at its last step, before clipping; a 0-d tensor."""
         self.scalers: dict[str, torch.amp.GradScaler] = {}
         self._losses: dict[str, Tensor] = {}
+        self._frozen: dict[str, list[nn.Parameter]] = {}
         self._exchanges_gradients = True
         self._is_exchanged: set[str] = set()
 
@@ -113,6 +124,8 @@ class PartsStrategy(WholeState):
                 f"module={type(self.module).__name__} -> it has parts {list(self.parts)} and "
                 f"returns {len(self.optimizers)} optimizer(s) -> return one per part, in order"
             )
+        for name, part in self.parts.items():
+            self._frozen[name] = [p for p in part.parameters() if not p.requires_grad]
         self.distribute_optimizers()
 
     def distribute(self) -> None:
@@ -151,9 +164,11 @@ class PartsStrategy(WholeState):
         """Differentiate the loss of one part, for which alone parameters require gradients.
 
         Raises:
-            RuntimeError: Several parts require gradients, or gradients were exchanged already.
+            RuntimeError: Several parts require gradients, parameters do that cannot be trained any
+                more, or gradients were exchanged already.
         """
         part = self._trained_part()
+        self._refuse_unfrozen(part)
         if part in self._is_exchanged:
             raise RuntimeError(
                 f"manual_backward for `{part}` -> its gradients are exchanged between ranks already"
@@ -230,6 +245,24 @@ class PartsStrategy(WholeState):
                 "-> differentiate under `with optimizer.toggle_model():` of the part's optimizer"
             )
         return trained[0]
+
+    def _refuse_unfrozen(self, part: str) -> None:
+        unfrozen = [p for p in self._frozen[part] if p.requires_grad]
+        if not unfrozen:
+            return
+        driven = set(self.parameters(part))
+        if self.trains_unfrozen and driven.issuperset(unfrozen):
+            self._frozen[part] = [p for p in self._frozen[part] if not p.requires_grad]
+            return
+        name = self.parameter_names()[unfrozen[0]]
+        why = "no optimizer drives it -> give it to the part's optimizer in configure_optimizers"
+        if not self.trains_unfrozen:
+            why = (
+                f"{type(self).__name__} arranges at the start what is exchanged and stepped, and "
+                "would not train it -> let it require gradients when training starts and keep it "
+                "by a rate of 0 until then, or use strategy=fsdp or single"
+            )
+        raise RuntimeError(f"requires_grad of `{name}` -> it was False at the start: {why}")
 
     # -- state ----------------------------------------------------------------------------------
 

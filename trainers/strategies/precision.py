@@ -83,6 +83,8 @@ def _begin_momentum(optimizer: torch.optim.SGD) -> None:
     # torch 2.13 would keep a momentum without values where the very first step is called off.
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else []:
+            if parameter.grad is None:
+                continue  # frozen, say
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 

@@ -13,6 +13,8 @@ from trainers.strategies.parts import PartsStrategy
 class Single(PartsStrategy):
     """One device, one process, no process group."""
 
+    trains_unfrozen = True
+
     def setup_environment(self) -> None:
         """Choose the device; there is nobody to connect to."""
         assert self.accelerator is not None
@@ -37,9 +39,9 @@ class DataParallel(PartsStrategy):
         self.ddp = ddp
         self.reducers: dict[str, DistributedDataParallel] = {}
 
-    def distribute(self) -> None:
-        """Move the parts to the device and build their reducers; values are those of rank 0."""
-        self.model_to_device()
+    def distribute_optimizers(self) -> None:
+        """Build the parts' reducers; values are those of rank 0."""
+        super().distribute_optimizers()
         device_ids = self.determine_ddp_device_ids()
         for name, part in self.parts.items():
             self.reducers[name] = DistributedDataParallel(part, device_ids=device_ids, **self.ddp)

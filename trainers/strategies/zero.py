@@ -188,7 +188,8 @@ class ZeRO(PartsStrategy):
         """Clip and step by the part's engine; rates are those of the module's optimizer."""
         engine = self.engines[part]
         inner = engine.optimizer.optimizer
-        for mine, theirs in zip(optimizer.param_groups, inner.param_groups, strict=True):
+        trained = (g for g in optimizer.param_groups if any(p in self.shards for p in g["params"]))
+        for mine, theirs in zip(trained, inner.param_groups, strict=True):
             theirs |= {key: value for key, value in mine.items() if key != "params"}
         self._is_judged, self._veto = False, None
         engine.step()
@@ -207,6 +208,8 @@ class ZeRO(PartsStrategy):
             try:
                 call_off(inner, self._veto)
             except StepCalledOff as reason:
+                assert self.guard is not None
+                self.guard.check(self.module.trainer)  # it may know that the run ends, and why
                 raise ValueError(
                     f"trainer.guard -> a step is to be left out, and {type(inner).__name__} cannot "
                     "do that in a DeepSpeed engine -> make the optimizer with fused=True"
@@ -214,7 +217,8 @@ class ZeRO(PartsStrategy):
 
     def _norm(self, part: str) -> Tensor:
         norm = self.engines[part].optimizer._global_grad_norm
-        return torch.as_tensor(norm, dtype=torch.float32, device=self.root_device)
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.root_device)
+        return norm.where(norm >= 0, torch.inf)  # -1 where it was not finite and not looked at
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -248,15 +252,17 @@ class ZeRO(PartsStrategy):
             refresh(engine)
 
     def whole_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-        """As `PartsStrategy.whole_state`, put together."""
-        shard = self.shards[parameter]
+        """As `PartsStrategy.whole_state`, put together; nothing of what is not trained."""
+        if (shard := self.shards.get(parameter)) is None:
+            return {}
         return {key: shard.get(key) for key in shard.state_keys()} | shard.scalars()
 
     def take_state(
         self, optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Any
     ) -> None:
-        """Give DeepSpeed's optimizer this rank's run."""
-        self.shards[parameter].set_state(key, value)
+        """Give DeepSpeed's optimizer this rank's run; it steps on nothing that is not trained."""
+        if parameter in self.shards:
+            self.shards[parameter].set_state(key, value)
 
     def loss_scale_state(self) -> dict[str, Any]:
         """As `PartsStrategy.loss_scale_state`, and DeepSpeed's `hysteresis` left."""
@@ -278,8 +284,10 @@ class ZeRO(PartsStrategy):
 
 
 def _copy_of(optimizer: Optimizer) -> Optimizer:
-    """The same optimizer on the same parameters, with groups and state of its own."""
+    """The same optimizer on the trained of its parameters, with groups and state of its own."""
     inner = copy.copy(optimizer)
-    inner.param_groups = [dict(group) for group in optimizer.param_groups]
+    trained = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
+    groups = zip(optimizer.param_groups, trained, strict=True)
+    inner.param_groups = [{**group, "params": own} for group, own in groups if own]
     inner.state = defaultdict(dict)
     return inner
