@@ -70,6 +70,7 @@ class TextRows:
         self.identity: dict[str, Any] = {
             "index_digest": index.digest,
             "sequence_length": sequence_length,
+            "packing": "cut",
         }
         self.samples_per_block: Int64Array = (lengths - 1) // sequence_length
         self.sample_bytes = sequence_length * self._dtype.itemsize

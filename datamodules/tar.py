@@ -55,6 +55,14 @@ class StoredSample:
     repeated: list[str] = field(default_factory=list)
 
 
+def split_name(name: str) -> tuple[str, str] | None:
+    """Give the key and the extension of a member; None where it is passed over."""
+    match = _KEY_AND_EXTENSION.match(name)
+    if match is None or _META.match(name):
+        return None
+    return match.group(1), match.group(2).lower()
+
+
 def read_members(tar: Any, start: int, stop: int) -> Iterator[Member]:
     """Give the regular files between two offsets of a tar archive.
 
@@ -113,10 +121,9 @@ def read_samples(
     error = None
     try:
         for member in read_members(tar, start, stop):
-            match = _KEY_AND_EXTENSION.match(member.name)
-            if match is None or _META.match(member.name):
+            if (parts := split_name(member.name)) is None:
                 continue
-            key, extension = match.group(1), match.group(2).lower()
+            key, extension = parts
             if not samples or samples[-1].key != key:
                 samples.append(StoredSample(key, member.start))
             if extension in samples[-1].members:

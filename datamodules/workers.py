@@ -138,8 +138,17 @@ def open_batches(batches: TrainBatches, num_workers: int) -> Any:
     if num_workers == 0:
         return batches
     return DataLoader(
-        batches, batch_size=None, num_workers=num_workers, worker_init_fn=_quiet_signals
+        batches,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        worker_init_fn=_quiet_signals,
     )
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Take the place of DataLoader's own conversion, which batches made here would not see."""
+    return batch
 
 
 def _quiet_signals(worker: int) -> None:

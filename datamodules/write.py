@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.index import Shard, ShardFacts, checksum
+from datamodules.tar import split_name
 
 BLOCK_BYTES = 8 * 2**20
 """A block ends with the sample that passes this size: large enough for one efficient read from an
@@ -35,6 +36,7 @@ class ShardWriter:
         self._lengths: list[int] = []
         self._checksums: list[int] = []
         self._block_start = self._block_samples = 0
+        self._last_key = ""
 
     def __enter__(self) -> "ShardWriter":
         """Open the temporary file."""
@@ -56,13 +58,25 @@ class ShardWriter:
             length: tokens of the sample, or its bytes where it has none, for the index.
             members: extension -> array, stored as `.npy`, or the bytes of a file.
             key: name of the sample in its shard; its number by default.
+
+        Raises:
+            ValueError: the sample would be read under another name, or as part of the last one.
         """
         key = key or f"{len(self._lengths):06d}"
+        for extension in sorted(members):
+            if key == self._last_key or split_name(f"{key}.{extension}") != (key, extension):
+                raise ValueError(
+                    f"member {key}.{extension} -> a key ends at the first dot, extensions are in "
+                    "lower case, names in __ are passed over, and samples of one key behind each "
+                    "other are one sample -> give another key or extension "
+                    f"(shard {self._path.name}, key {key})"
+                )
         for extension in sorted(members):
             content = _encode(members[extension])
             entry = tarfile.TarInfo(f"{key}.{extension}")  # mtime, owner and group are 0
             entry.size = len(content)
             self._tar.addfile(entry, io.BytesIO(content))
+        self._last_key = key
         self._lengths.append(length)
         self._checksums.append(checksum(self._file.take()))
         self._block_samples += 1

@@ -34,6 +34,8 @@ def stored_samples(path: Path) -> list[StoredSample]:
     content = path.read_bytes()
     samples, error = read_samples(content, 0, len(content))
     assert error is None
+    # Behind the last sample the archive ends with blocks of zeros, which are not the sample's.
+    samples[-1].stop = max(at + -(-size // 512) * 512 for at, size in samples[-1].members.values())
     return samples
 
 
@@ -66,9 +68,6 @@ def write_index(
         content, samples = tar.read_bytes(), stored_samples(tar)
         # Blocks begin where a sample begins, and the first one with the shard.
         begins = [0, *(sample.start for sample in samples[BLOCK_SAMPLES::BLOCK_SAMPLES])]
-        samples[-1].stop = max(
-            at + -(-size // 512) * 512 for at, size in samples[-1].members.values()
-        )
         ends = [*begins[1:], samples[-1].stop]
         blocks = [
             (len(samples[BLOCK_SAMPLES * n : BLOCK_SAMPLES * (n + 1)]), end - begin)

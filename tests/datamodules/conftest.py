@@ -24,7 +24,12 @@ SCHEMA = {
 def make_dataset(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Index]:
     """Write shards of chunks whose tokens count through the data set, two chunks a block."""
 
-    def make(path: Path, shards: list[list[int]], ends: list[int] | None = None) -> Index:
+    def make(
+        path: Path,
+        shards: list[list[int]],
+        ends: list[int] | None = None,
+        document_tokens: int | None = None,
+    ) -> Index:
         monkeypatch.setattr(write, "BLOCK_BYTES", 4096)
         path.mkdir(parents=True)
         facts, first = [], 0
@@ -35,7 +40,8 @@ def make_dataset(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Index]:
                     first += length
                     arrays = {"tokens.npy": tokens, "ends.npy": np.array(ends or [], "<u4")}
                     writer.write(length, arrays)
-                facts.append(writer.finish())
+                documents = [document_tokens] * (sum(lengths) // (document_tokens or 1))
+                facts.append(writer.finish(documents if document_tokens else []))
         write_index(path, schema=SCHEMA, tokenizer="none", shards=facts)
         return read_index(path)
 

@@ -189,7 +189,7 @@ def test_lanes_that_do_not_match_the_world_warn(
 
 def test_workers_outlive_a_request_to_stop_and_obey_their_parent(index: Index) -> None:
     batches = iter(make_loader(index, num_workers=2))
-    first = [next(batches)]
+    first = [next(batches), next(batches)]  # each worker has begun
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:

@@ -14,6 +14,7 @@ from datamodules.corpora import Corpus
 from datamodules.index import Index, read_index, write_index
 from datamodules.loader import TrainLoader, order_of
 from datamodules.pack import PackedRows, pack
+from datamodules.rows import TextRows
 from datamodules.tokenization import load_tokenizer
 from datamodules.write import ShardWriter
 
@@ -172,6 +173,16 @@ def test_packed_rows_resume_in_another_world(index: Index) -> None:
         loader.restore({**loader.stream_state(), "position": 3 * 8})
     parts = [join(list(loader))["targets"] for loader in ranks]
     assert torch.equal(torch.stack(parts, 1).reshape(-1, T), reference[3 * 8 :])
+
+
+def test_state_of_rows_that_were_cut_otherwise_is_refused(index: Index) -> None:
+    packed = make_loader(make_rows(index))
+    cut = make_loader(TextRows(index, sequence_length=T, document_mask=False, seed=0))
+    for ours, theirs in ((packed, cut), (cut, packed)):
+        # Even where both happen to have as many rows.
+        same = {name: ours.stream_state()[name] for name in ("samples_per_epoch", "window")}
+        with pytest.raises(ValueError, match=r"packing=.* -> the checkpoint's .* has packing="):
+            ours.restore({**theirs.stream_state(), **same})
 
 
 def test_packed_text_is_the_text_that_went_in(
