@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+ACTIONS = ("raise", "substitute")
+
 
 @dataclass(frozen=True)
 class BadSamples:

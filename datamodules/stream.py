@@ -18,6 +18,7 @@ from datamodules.block_cache import BlockCache
 from datamodules.index import Index
 from datamodules.loader import EvaluationLoader, TrainLoader, order_of
 from datamodules.order import RunOrder, count_lanes
+from datamodules.reader import ACTIONS, BadSamples
 from datamodules.remote import Fetcher, is_remote, is_sequential
 from datamodules.workers import SampleSource
 
@@ -40,6 +41,8 @@ class StreamDataModule(LightningDataModule):
             `pad_mask` (`datamodules.order.EpochsOrder`).
         seed: key of the order.
         val_max_samples: samples of a validation, evenly spread over the split; None takes all.
+        on_bad_sample: `raise`, or `substitute` another one for a sample that cannot be read.
+        max_bad_samples: bad samples that a process substitutes at most.
         cache: of blocks of remote and compressed shards on this node's disk: `folder`, `gb`, and of
             each process `num_connections`, `max_attempts` at reading a block, `timeout_s` for an
             answer; `storage_options` of the fsspec file system.
@@ -57,9 +60,17 @@ class StreamDataModule(LightningDataModule):
         tail: str,
         seed: int,
         val_max_samples: int | None,
+        on_bad_sample: str,
+        max_bad_samples: int,
         cache: Mapping[str, Any],
     ) -> None:
         super().__init__()
+        if on_bad_sample not in ACTIONS:
+            raise ValueError(
+                f"datamodule.on_bad_sample={on_bad_sample} -> unknown -> choose one of "
+                f"{', '.join(ACTIONS)}"
+            )
+        self._on_bad_sample, self._max_bad_samples = on_bad_sample, max_bad_samples
         self._batch_samples, self._micro_batch = batch_samples, micro_batch
         self._max_samples, self._num_workers = max_samples, num_workers
         self._window_mb, self._tail, self._seed = window_mb, tail, seed
@@ -144,6 +155,13 @@ class StreamDataModule(LightningDataModule):
         self._stream_state = state_dict
         if self._train_loader is not None:
             self._train_loader.restore(state_dict)
+
+    @property
+    def bad_samples(self) -> BadSamples:
+        """What happens to samples that cannot be read; they are listed in the run's directory."""
+        run = Path(self.trainer.default_root_dir) if self.trainer is not None else None
+        list_file = run / "bad_samples.jsonl" if run else None
+        return BadSamples(self._on_bad_sample, self._max_bad_samples, list_file)
 
     def cache_for(self, index: Index) -> BlockCache | None:
         """Give a cache for the shards of a data set, if they need one.

@@ -12,7 +12,6 @@ from datamodules.index import Index, join_indexes, read_index
 from datamodules.loader import order_of
 from datamodules.order import RunOrder
 from datamodules.pack import PackedRows
-from datamodules.reader import BadSamples
 from datamodules.rows import TextRows
 from datamodules.stream import StreamDataModule
 from datamodules.tokenization import load_tokenizer
@@ -29,8 +28,6 @@ class TextDataModule(StreamDataModule):
         packing: `cut`: rows are cut from the text end to end; `best_fit`: whole documents packed
             into rows (`datamodules.pack`), always with their numbers.
         document_mask: add the numbers of documents, so that attention stays inside them.
-        on_bad_sample: `raise`, or `substitute` another one for a chunk that cannot be read.
-        max_bad_samples: bad chunks that a process substitutes at most.
         stream: the rest, as in `datamodules.stream.StreamDataModule`.
     """
 
@@ -42,8 +39,6 @@ class TextDataModule(StreamDataModule):
         sequence_length: int,
         packing: str,
         document_mask: bool,
-        on_bad_sample: str,
-        max_bad_samples: int,
         **stream: Any,
     ) -> None:
         super().__init__(**stream)
@@ -52,7 +47,6 @@ class TextDataModule(StreamDataModule):
         self._corpus, self._data_dir = corpus, data_dir
         self._sequence_length, self._document_mask = sequence_length, document_mask
         self._packing = packing
-        self._on_bad_sample, self._max_bad_samples = on_bad_sample, max_bad_samples
         self._prepared: PreparedData | None = None
 
     def prepare_data(self) -> None:
@@ -121,7 +115,7 @@ class TextDataModule(StreamDataModule):
         return {name: folder for name, folder in folders.items() if folder.exists()}
 
     def _rows(self, *folders: Path) -> SampleSource:
-        allow_short = self._on_bad_sample == "substitute"
+        allow_short = self.bad_samples.action == "substitute"
         indexes = [read_index(folder, allow_short=allow_short) for folder in folders]
         index = indexes[0] if len(indexes) == 1 else join_indexes(indexes)
         if self._packing == "best_fit":
@@ -131,7 +125,7 @@ class TextDataModule(StreamDataModule):
             sequence_length=self._sequence_length,
             document_mask=self._document_mask,
             seed=self._seed,
-            bad_samples=self._bad_samples,
+            bad_samples=self.bad_samples,
             cache=self.cache_for(index),
         )
 
@@ -144,15 +138,9 @@ class TextDataModule(StreamDataModule):
             index,
             sequence_length=self._sequence_length,
             end_token=end_token,
-            bad_samples=self._bad_samples,
+            bad_samples=self.bad_samples,
             cache=self.cache_for(index),
         )
-
-    @property
-    def _bad_samples(self) -> BadSamples:
-        run = Path(self.trainer.default_root_dir) if self.trainer is not None else None
-        list_file = run / "bad_samples.jsonl" if run else None
-        return BadSamples(self._on_bad_sample, self._max_bad_samples, list_file)
 
     def _find(self) -> PreparedData:
         if self._prepared is None:

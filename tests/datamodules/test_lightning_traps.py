@@ -41,6 +41,8 @@ class NumbersData(StreamDataModule):
             "tail": "drop",
             "seed": 3,
             "val_max_samples": None,
+            "on_bad_sample": "raise",
+            "max_bad_samples": 0,
             "cache": {},
         }
         super().__init__(**{**defaults, **settings})
