@@ -6,6 +6,7 @@ not a token.
 
 import json
 import logging
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from datamodules.tar import BadSampleError, StoredSample, check_members, read_sa
 
 PARSED_BYTES = 64 * 2**20
 """Bound on the memory that parsed blocks may take in a process."""
-_ENTRY_BYTES = 600  # of a sample with its names and two members, as `sys.getsizeof` adds them up
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class ShardReader:
         self.regions = Regions(index, cache, accept_bad=bad_samples.action == "substitute")
         self._block_ends = np.cumsum(index.blocks[:, 0], dtype=np.int64)
         self._parsed: OrderedDict[int, _Block] = OrderedDict()
-        self._parsed_samples = 0
+        self._parsed_bytes = 0
         self._substitutes: dict[int, int] = {}
         self._row = new_row()
 
@@ -90,15 +90,15 @@ class ShardReader:
         block = int(np.searchsorted(self._block_ends, number, side="right"))
         found = self._block(block)
         place = number - (int(self._block_ends[block]) - int(self._index.blocks[block, 0]))
-        if place >= len(found.samples):
+        if place >= len(found.starts) - 1:
             raise self._error(found.problem, found.place.shard, f"sample {place} of its block")
-        sample = found.samples[place]
+        content = self.regions.view(found.place.region)
+        (sample,), _ = read_samples(content, found.starts[place], found.starts[place + 1])
         try:
             check_members(sample, self._index.schema)
         except BadSampleError as err:
             raise self._error(str(err), found.place.shard, f"key {sample.key}") from err
-        content = self.regions.view(found.place.region)[sample.start : sample.stop]
-        if checksum(content) != self._index.checksums[number]:
+        if checksum(content[sample.start : sample.stop]) != self._index.checksums[number]:
             offset = found.place.offset - found.place.start + sample.start
             problem = f"the sample at byte {offset} is not as it was written"
             remedy = "restore the shard or prepare the corpus again"
@@ -173,10 +173,13 @@ class ShardReader:
                 "the corpus again"
             )
             samples = []  # of another block than the index knows: none is the one asked for
-        found = self._parsed[block] = _Block(samples, problem, place)
-        self._parsed_samples += len(samples)
-        while self._parsed_samples * _ENTRY_BYTES > PARSED_BYTES and len(self._parsed) > 1:
-            self._parsed_samples -= len(self._parsed.popitem(last=False)[1].samples)
+        starts = array("q", [sample.start for sample in samples])
+        starts.extend(sample.stop for sample in samples[-1:])
+        found = self._parsed[block] = _Block(starts, problem, place)
+        self._parsed_bytes += starts.itemsize * len(starts)
+        while self._parsed_bytes > PARSED_BYTES and len(self._parsed) > 1:
+            starts = self._parsed.popitem(last=False)[1].starts
+            self._parsed_bytes -= starts.itemsize * len(starts)
         return found
 
     def _substitute(self, number: int, usable: Callable[[int], bool], err: BadSampleError) -> int:
@@ -221,9 +224,19 @@ class ShardReader:
 
 @dataclass(frozen=True)
 class _Block:
-    """Samples of a block, and why those that it lacks are not among them."""
+    """A block, and why the samples that it lacks are not among those found.
 
-    samples: list[StoredSample]
+    Of a sample only the place is kept, and its headers are read again when it is asked for: lanes
+    that read many blocks of small samples at once would not find them again in what objects with
+    names would fit in `PARSED_BYTES`, and would parse a block for each sample.
+
+    Attributes:
+        starts: offsets of its samples in the region, and that of the last one's end.
+        problem: what is wrong with the block.
+        place: of the block.
+    """
+
+    starts: "array[int]"
     problem: str
     place: Place
 
