@@ -23,6 +23,12 @@ from datamodules.tar import BadSampleError, StoredSample, check_members, read_sa
 
 PARSED_BYTES = 64 * 2**20
 """Bound on the memory that parsed blocks may take in a process."""
+_ENTRY_BYTES = 600  # of a sample with its names and two members, as `sys.getsizeof` adds them up
+
+KEPT_SAMPLES = 1024
+"""Samples of a block up to which they are kept as parsed. Of more only the places are kept, and the
+headers read again: 64 lanes may mix some 200 blocks at a time, which must all stay parsed, or a
+whole block is parsed for each sample."""
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +99,10 @@ class ShardReader:
         if place >= len(found.starts) - 1:
             raise self._error(found.problem, found.place.shard, f"sample {place} of its block")
         content = self.regions.view(found.place.region)
-        (sample,), _ = read_samples(content, found.starts[place], found.starts[place + 1])
+        if found.samples:
+            sample = found.samples[place]
+        else:
+            (sample,), _ = read_samples(content, found.starts[place], found.starts[place + 1])
         try:
             check_members(sample, self._index.schema)
         except BadSampleError as err:
@@ -175,11 +184,11 @@ class ShardReader:
             samples = []  # of another block than the index knows: none is the one asked for
         starts = array("q", [sample.start for sample in samples])
         starts.extend(sample.stop for sample in samples[-1:])
-        found = self._parsed[block] = _Block(starts, problem, place)
-        self._parsed_bytes += starts.itemsize * len(starts)
+        kept = samples if len(samples) <= KEPT_SAMPLES else []
+        found = self._parsed[block] = _Block(starts, kept, problem, place)
+        self._parsed_bytes += found.num_bytes
         while self._parsed_bytes > PARSED_BYTES and len(self._parsed) > 1:
-            starts = self._parsed.popitem(last=False)[1].starts
-            self._parsed_bytes -= starts.itemsize * len(starts)
+            self._parsed_bytes -= self._parsed.popitem(last=False)[1].num_bytes
         return found
 
     def _substitute(self, number: int, usable: Callable[[int], bool], err: BadSampleError) -> int:
@@ -226,19 +235,22 @@ class ShardReader:
 class _Block:
     """A block, and why the samples that it lacks are not among those found.
 
-    Of a sample only the place is kept, and its headers are read again when it is asked for: lanes
-    that read many blocks of small samples at once would not find them again in what objects with
-    names would fit in `PARSED_BYTES`, and would parse a block for each sample.
-
     Attributes:
         starts: offsets of its samples in the region, and that of the last one's end.
+        samples: what their headers say; empty where they are too many.
         problem: what is wrong with the block.
         place: of the block.
     """
 
     starts: "array[int]"
+    samples: list[StoredSample]
     problem: str
     place: Place
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes, about."""
+        return self.starts.itemsize * len(self.starts) + _ENTRY_BYTES * len(self.samples)
 
 
 class _Window:
