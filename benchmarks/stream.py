@@ -1,190 +1,121 @@
-"""Tokens per second of the shard stream, beside a raw memory map and stock webdataset.
+"""Samples per second of the shard stream, beside memory maps, webdataset, litdata and mosaicml.
 
-    python -m benchmarks.stream
+    python -m benchmarks.stream [--only tokens] [--peers peers/bin/python] [--rounds 5]
 
-Every reader makes int64 `inputs` and `targets` tensors [B, T] of the same made-up tokens, which lie
-in the page cache, and every byte of them is summed. A round runs all readers in turn, so that they
-share whatever else the machine does; the table has medians over the rounds. The count of tokens is
-fixed, so a reader that drops some is found out.
+Two kinds of data: rows of tokens, cut from shards of token chunks, at three shapes
+(`benchmarks.stream_tokens`), and images of 50 kB (`benchmarks.stream_images`). All readers work in
+one process and thread, on the same made-up payload, which lies in the page cache (it has just been
+written, and each reader has a turn before those that count). A round runs all readers in turn, so
+that they share whatever else the machine does; each turn is a fixed number of batches, or what is
+read in a second, and every byte is read. Tables have medians over the rounds.
 
-Readers:
-    memory map      one flat file of tokens, rows at random places, one vectorised copy per batch
-    nanoGPT form    the same file, a row at a time: two slices, two conversions, two stacks
-    stream          our loader in this process: shuffled, resumable, over shards
-    stream, masks   the same with document numbers
-    webdataset      the stock library on the same shards, rows cut from each chunk in sequence
-    webdataset, shuffled    the same with its shard shuffle and a buffer of 1000 rows
+Samples are counted: the last column has those that a reader gave in its last whole epoch, of those
+that there are, and for images whether their digests add up to those that were written. Ours drops
+the samples behind the last whole batch of an epoch, other ones in each.
+
+litdata and mosaicml-streaming take part where `--peers` names the Python of an environment that has
+them; `benchmarks/peers.py` tells how to make it.
 """
 
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from webdataset.compat import WebDataset
 
-from datamodules.index import Index, read_index, write_index
-from datamodules.loader import TrainLoader, order_of
-from datamodules.rows import TextRows
-from datamodules.write import ShardWriter
+from benchmarks.peers import Peers, note_missing
+from benchmarks.stream_images import image_sides, write_images
+from benchmarks.stream_tokens import token_sides, write_tokens
+from benchmarks.turns import Turn, take_turns
 
-NUM_SHARDS, CHUNKS_PER_SHARD, CHUNK_TOKENS = 8, 8, 2**19  # 64 MiB of uint16
-DOCUMENT_TOKENS = 700
-VOCAB_SIZE = 50_257
 SHAPES = ((64, 12), (256, 8), (1024, 64))  # T, B: character level, quickstart, 124M
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-def write_data(folder: Path) -> tuple[Index, Path]:
-    """Write the same random tokens as shards and as one flat file."""
-    rng = np.random.default_rng(0)
-    facts = []
-    (data := folder / "train").mkdir()
-    with (flat := folder / "flat.u16").open("wb") as file:
-        for shard in range(NUM_SHARDS):
-            with ShardWriter(data / f"train-{shard:06d}.tar") as writer:
-                for _ in range(CHUNKS_PER_SHARD):
-                    tokens = rng.integers(0, VOCAB_SIZE, CHUNK_TOKENS).astype("<u2")
-                    ends = np.arange(DOCUMENT_TOKENS, CHUNK_TOKENS, DOCUMENT_TOKENS, dtype="<u4")
-                    writer.write(CHUNK_TOKENS, {"tokens.npy": tokens, "ends.npy": ends})
-                    file.write(tokens.tobytes())
-                facts.append(writer.finish())
-    write_index(
-        data,
-        schema={
-            "tokens.npy": {"codec": "npy", "dtype": "uint16"},
-            "ends.npy": {"codec": "npy", "dtype": "uint32"},
-        },
-        tokenizer=None,
-        shards=facts,
-    )
-    return read_index(data), flat
+TURN_TOKENS, TURN_BATCHES = 2_000_000, 100  # the larger of both
+IMAGE_BYTES, IMAGE_BATCH = 50_000, 64
+BASES = ("memory map", "webdataset, shuffled")
 
 
-def memory_map(flat: Path, length: int, batch: int) -> Iterator[Pair]:
-    """Draw rows at random and copy a batch of them in one call."""
-    tokens, rng = np.memmap(flat, np.uint16, "r"), np.random.default_rng(0)
-    rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)
-    while True:
-        found = rows[rng.integers(0, len(rows), batch)].astype(np.int64)
-        yield torch.from_numpy(found[:, :-1]), torch.from_numpy(found[:, 1:])
+def tabulate(title: str, turns: dict[str, list[Turn]], num_samples: int, scale: float) -> Table:
+    """Make a table of medians.
 
-
-def nanogpt_form(flat: Path, length: int, batch: int) -> Iterator[Pair]:
-    """Draw rows at random and copy them one by one, inputs and targets apart."""
-    tokens, rng = np.memmap(flat, np.uint16, "r"), np.random.default_rng(0)
-
-    def rows(starts: list[int]) -> torch.Tensor:
-        return torch.stack(
-            [torch.from_numpy(tokens[start : start + length].astype(np.int64)) for start in starts]
-        )
-
-    while True:
-        starts = rng.integers(0, len(tokens) - length - 1, batch).tolist()
-        yield rows(starts), rows([start + 1 for start in starts])
-
-
-def stream(index: Index, length: int, batch: int, *, document_mask: bool) -> Iterator[Pair]:
-    """Take batches of our loader, without end."""
-    rows = TextRows(index, sequence_length=length, document_mask=document_mask, seed=0)
-    order = order_of(rows, seed=0, batch_samples=batch, window_mb=1024, tail="drop")
-    loader = TrainLoader(
-        rows,
-        order,
-        batch_samples=batch,
-        micro_batch=batch,
-        max_samples=10**9,
-        num_workers=0,
-        repeat_first_batch=False,
-        rank=0,
-        world_size=1,
-    )
-    for made in loader:
-        if document_mask:
-            made["documents"].sum()
-        yield made["inputs"], made["targets"]
-
-
-def stock(index: Index, length: int, batch: int, *, shuffled: bool) -> Iterator[Pair]:
-    """Cut the chunks that webdataset yields into rows, again and again."""
-    urls = [str(index.path / shard.url) for shard in index.shards]
-    shards = WebDataset(urls, shardshuffle=NUM_SHARDS if shuffled else False, empty_check=False)
-
-    def cut(samples: Iterator[dict]) -> Iterator[np.ndarray]:
-        for sample in samples:
-            tokens = sample["tokens.npy"]
-            for start in range(0, len(tokens) - length, length):
-                yield tokens[start : start + length + 1]
-
-    rows = shards.decode().compose(cut)
-    if shuffled:
-        rows = rows.shuffle(1000)
-    while True:
-        source = iter(rows)
-        while len(found := list(islice(source, batch))) == batch:
-            made = np.stack(found).astype(np.int64)
-            yield torch.from_numpy(made[:, :-1]), torch.from_numpy(made[:, 1:])
-
-
-def measure(batches: Iterator[Pair], num_batches: int) -> float:
-    """Time some batches, every byte of them touched; seconds."""
-    begun = time.perf_counter()
-    for inputs, targets in islice(batches, num_batches):
-        inputs.sum()
-        targets.sum()
-    return time.perf_counter() - begun
-
-
-def compare(index: Index, flat: Path, length: int, batch: int, rounds: int) -> Table:
-    """Run all readers at one shape; a table of medians over the rounds."""
-    readers: dict[str, Callable[[], Iterator[Pair]]] = {
-        "memory map": lambda: memory_map(flat, length, batch),
-        "nanoGPT form": lambda: nanogpt_form(flat, length, batch),
-        "stream": lambda: stream(index, length, batch, document_mask=False),
-        "stream, masks": lambda: stream(index, length, batch, document_mask=True),
-        "webdataset": lambda: stock(index, length, batch, shuffled=False),
-        "webdataset, shuffled": lambda: stock(index, length, batch, shuffled=True),
+    Args:
+        title: of it.
+        turns: by reader.
+        num_samples: that there are in an epoch.
+        scale: what a sample counts for in the rate.
+    """
+    table = Table("reader", "rate", *(f"x {base}" for base in BASES), f"of {num_samples:,}")
+    table.title = title
+    rates = {
+        name: statistics.median(turn.samples * scale / turn.seconds for turn in own)
+        for name, own in turns.items()
     }
-    num_batches = max(100, 4_000_000 // (length * batch))
-    running = {name: make() for name, make in readers.items()}
-    for batches in running.values():
-        measure(batches, num_batches)  # fill caches
-    seconds: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(rounds):
-        for name, batches in running.items():
-            seconds[name].append(measure(batches, num_batches))
-    table = Table("reader", "ms a batch", "Mtoken/s", "x memory map", "x nanoGPT form")
-    table.title = f"T={length}, B={batch}, {num_batches} batches, {rounds} rounds"
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, median in medians.items():
+    for name, rate in rates.items():
+        counted = turns[name][-1].epoch_samples
         table.add_row(
             name,
-            f"{median / num_batches * 1e3:.3f}",
-            f"{num_batches * length * batch / median / 1e6:.1f}",
-            f"{medians['memory map'] / median:.2f}",
-            f"{medians['nanoGPT form'] / median:.2f}",
+            f"{rate:,.1f}",
+            *(f"{rate / rates[base]:.2f}" for base in BASES),
+            "" if counted is None else f"{counted:,}",
         )
     return table
+
+
+def compare_tokens(folder: Path, num_shards: int, rounds: int, python: str | None) -> list[Table]:
+    """Run the readers of tokens at every shape."""
+    index, tables = write_tokens(folder, num_shards), []
+    flat = folder / "tokens.u16"
+    num_tokens = flat.stat().st_size // 2
+    for length, batch in SHAPES:
+        with Peers(python, ["tokens", str(length), str(batch), str(folder)]) as peers:
+            sides = token_sides(index, flat, length, batch) | peers.sides
+            num_batches = max(TURN_BATCHES, TURN_TOKENS // (length * batch))
+            turns = take_turns(sides, num_batches, rounds)
+        title = f"tokens, million/s: T={length}, B={batch}, {num_batches} batches a turn, warm"
+        tables.append(tabulate(title, turns, num_tokens // length, length / 1e6))
+    return tables
+
+
+def compare_images(folder: Path, num_images: int, rounds: int, python: str | None) -> Table:
+    """Run the readers of images; a turn is an epoch.
+
+    Raises:
+        RuntimeError: a reader gave others than were written.
+    """
+    index, digest = write_images(folder, num_images, IMAGE_BYTES)
+    num_batches = -(-num_images // IMAGE_BATCH)
+    with Peers(python, ["images", str(IMAGE_BYTES), str(IMAGE_BATCH), str(folder)]) as peers:
+        flat = folder / "images.bin"
+        sides = image_sides(index, flat, IMAGE_BYTES, IMAGE_BATCH) | peers.sides
+        turns = take_turns(sides, num_batches, rounds)
+    for name, own in turns.items():
+        if own[-1].epoch_samples == num_images and own[-1].epoch_digest != digest:
+            raise RuntimeError(f"{name} -> other images than were written")
+    title = f"images of {IMAGE_BYTES:,} bytes, a second: B={IMAGE_BATCH}, an epoch a turn, warm"
+    return tabulate(title, turns, num_images, 1)
 
 
 def main() -> None:
     """Write the data, compare the readers, print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=("tokens", "images"))
+    parser.add_argument("--peers", metavar="PYTHON", help="of an environment with the peers")
+    parser.add_argument("--images", type=int, default=12_800, help="how many, of 50 kB each")
+    parser.add_argument("--shards", type=int, default=8, help="of tokens, of 8 MiB each")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        index, flat = write_data(Path(folder))
-        for length, batch in SHAPES:
-            Console().print(compare(index, flat, length, batch, rounds))
+    if options.only != "images":
+        with tempfile.TemporaryDirectory() as folder:
+            found = compare_tokens(Path(folder), options.shards, options.rounds, options.peers)
+            Console(width=110).print(*found)
+    if options.only != "tokens":
+        with tempfile.TemporaryDirectory() as folder:
+            table = compare_images(Path(folder), options.images, options.rounds, options.peers)
+            Console(width=110).print(table)
+    note_missing(options.peers)
 
 
 if __name__ == "__main__":

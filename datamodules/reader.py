@@ -6,6 +6,7 @@ not a token.
 
 import json
 import logging
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ from datamodules.tar import BadSampleError, StoredSample, check_members, read_sa
 PARSED_BYTES = 64 * 2**20
 """Bound on the memory that parsed blocks may take in a process."""
 _ENTRY_BYTES = 600  # of a sample with its names and two members, as `sys.getsizeof` adds them up
+
+KEPT_SAMPLES = 1024
+"""Samples of a block up to which they are kept as parsed. Of more only the places are kept, and the
+headers read again: 64 lanes may mix some 200 blocks at a time, which must all stay parsed, or a
+whole block is parsed for each sample."""
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +78,7 @@ class ShardReader:
         self.regions = Regions(index, cache, accept_bad=bad_samples.action == "substitute")
         self._block_ends = np.cumsum(index.blocks[:, 0], dtype=np.int64)
         self._parsed: OrderedDict[int, _Block] = OrderedDict()
-        self._parsed_samples = 0
+        self._parsed_bytes = 0
         self._substitutes: dict[int, int] = {}
         self._row = new_row()
 
@@ -95,15 +101,18 @@ class ShardReader:
         block = int(np.searchsorted(self._block_ends, number, side="right"))
         found = self._block(block)
         place = number - (int(self._block_ends[block]) - int(self._index.blocks[block, 0]))
-        if place >= len(found.samples):
+        if place >= len(found.starts) - 1:
             raise self._error(found.problem, found.place.shard, f"sample {place} of its block")
-        sample = found.samples[place]
+        content = self.regions.view(found.place.region)
+        if found.samples:
+            sample = found.samples[place]
+        else:
+            (sample,), _ = read_samples(content, found.starts[place], found.starts[place + 1])
         try:
             check_members(sample, self._index.schema)
         except BadSampleError as err:
             raise self._error(str(err), found.place.shard, f"key {sample.key}") from err
-        content = self.regions.view(found.place.region)[sample.start : sample.stop]
-        if checksum(content) != self._index.checksums[number]:
+        if checksum(content[sample.start : sample.stop]) != self._index.checksums[number]:
             offset = found.place.offset - found.place.start + sample.start
             problem = f"the sample at byte {offset} is not as it was written"
             remedy = "restore the shard or prepare the corpus again"
@@ -181,10 +190,13 @@ class ShardReader:
                 f"holds {len(samples)} -> positions would shift -> restore the shard or prepare "
                 "the corpus again"
             )
-        found = self._parsed[block] = _Block(samples, problem, place)
-        self._parsed_samples += len(samples)
-        while self._parsed_samples * _ENTRY_BYTES > PARSED_BYTES and len(self._parsed) > 1:
-            self._parsed_samples -= len(self._parsed.popitem(last=False)[1].samples)
+        starts = array("q", [sample.start for sample in samples])
+        starts.extend(sample.stop for sample in samples[-1:])
+        kept = samples if len(samples) <= KEPT_SAMPLES else []
+        found = self._parsed[block] = _Block(starts, kept, problem, place)
+        self._parsed_bytes += found.num_bytes
+        while self._parsed_bytes > PARSED_BYTES and len(self._parsed) > 1:
+            self._parsed_bytes -= self._parsed.popitem(last=False)[1].num_bytes
         return found
 
     def _substitute(
@@ -238,11 +250,24 @@ class ShardReader:
 
 @dataclass(frozen=True)
 class _Block:
-    """Samples of a block, and why those that it lacks are not among them."""
+    """A block, and why the samples that it lacks are not among those found.
 
+    Attributes:
+        starts: offsets of its samples in the region, and that of the last one's end.
+        samples: what their headers say; empty where they are too many.
+        problem: what is wrong with the block.
+        place: of the block.
+    """
+
+    starts: "array[int]"
     samples: list[StoredSample]
     problem: str
     place: Place
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes, about."""
+        return self.starts.itemsize * len(self.starts) + _ENTRY_BYTES * len(self.samples)
 
 
 class _Window:

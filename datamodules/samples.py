@@ -101,14 +101,15 @@ class StoredSamples:
     def batches(self, addresses: Int64Array) -> Iterator[Any]:
         """Read planned batches [batches, micro_batch, 2]."""
         for planned in addresses:
-            yield self._codec.collate([self._read(*row) for row in planned.tolist()])
+            keys = self._keys(*planned.T)
+            samples = map(self._read, planned[:, 0].tolist(), keys)
+            yield self._codec.collate(list(samples))
 
     def pad(self, batch: Any, num_samples: int) -> None:
         """Turn the samples from `num_samples` on into ones that count for nothing."""
         self._codec.pad(batch, num_samples)
 
-    def _read(self, number: int, epoch: int) -> Any:
-        key = self._key(number, epoch)
+    def _read(self, number: int, key: np.uint64 | None) -> Any:
         return self._reader.read(number, lambda found: self._decode(found, key))
 
     def _decode(self, number: int, key: np.uint64 | None) -> Any:
@@ -125,8 +126,13 @@ class StoredSamples:
         self._row[Counter.BYTES] += sample.stop - sample.start
         return decoded
 
-    def _key(self, number: int, epoch: int) -> np.uint64 | None:
-        if epoch < 0:
-            return None
-        key = hash_key(self._seed, epoch, _AUGMENTATION)
-        return splitmix64(np.array([number], np.uint64) ^ key)[0]
+    def _keys(self, numbers: Int64Array, epochs: Int64Array) -> list[np.uint64 | None]:
+        """Keys of samples, int64 [n] each, in one go: a call of numpy costs as much as a sample."""
+        keys: list[np.uint64 | None] = [None] * len(numbers)
+        for epoch in set(epochs.tolist()) - {-1}:
+            own = np.flatnonzero(epochs == epoch)
+            key = hash_key(self._seed, epoch, _AUGMENTATION)
+            made = splitmix64(numbers[own].astype(np.uint64) ^ key)
+            for place, value in zip(own.tolist(), made, strict=True):
+                keys[place] = value
+        return keys

@@ -72,7 +72,7 @@ def test_reader_stays_within_its_bounds(
     make_dataset: Callable[..., Index], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datamodules.regions.OPEN_SHARDS", 2)
-    monkeypatch.setattr("datamodules.reader.PARSED_BYTES", 1500)
+    monkeypatch.setattr("datamodules.reader.PARSED_BYTES", 99)
     reader = ShardReader(make_dataset(tmp_path / "train", [[100] * 4] * 5))
     for number in [*range(20), 3, 19]:
         reader.sample(number)
