@@ -4,8 +4,8 @@ Make that environment once, beside this project's so that there is one torch (to
 libraries ask for, is not needed and has no build that fits every torch):
 
     python -m venv peers
-    .venv/bin/python -c "import torch; print(torch.__path__[0][:-6])" > "$(peers/bin/python -c
-        'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
+    .venv/bin/python -c "import sys; print(*(p for p in sys.path if p.endswith('-packages')),
+        sep=chr(10))" > "$(echo peers/lib/python3.*/site-packages)/trainyard.pth"
     peers/bin/pip install --no-deps litdata mosaicml-streaming boto3 botocore s3transfer jmespath
         obstore tifffile brotli python-snappy cramjam zstd catalogue oci circuitbreaker pyOpenSSL
         cryptography cffi pycparser pytz

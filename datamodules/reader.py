@@ -98,9 +98,8 @@ class ShardReader:
             BadSampleError: the shard does not hold what the index says; the message ends with shard
                 and key, and says where.
         """
-        block = int(np.searchsorted(self._block_ends, number, side="right"))
-        found = self._block(block)
-        place = number - (int(self._block_ends[block]) - int(self._index.blocks[block, 0]))
+        found = self._block(int(self._block_ends.searchsorted(number, side="right")))
+        place = number - found.first
         if place >= len(found.starts) - 1:
             raise self._error(found.problem, found.place.shard, f"sample {place} of its block")
         content = self.regions.view(found.place.region)
@@ -112,7 +111,7 @@ class ShardReader:
             check_members(sample, self._index.schema)
         except BadSampleError as err:
             raise self._error(str(err), found.place.shard, f"key {sample.key}") from err
-        if checksum(content[sample.start : sample.stop]) != self._index.checksums[number]:
+        if checksum(content[sample.start : sample.stop]) != int(self._index.checksums[number]):
             offset = found.place.offset - found.place.start + sample.start
             problem = f"the sample at byte {offset} is not as it was written"
             remedy = "restore the shard or prepare the corpus again"
@@ -193,7 +192,8 @@ class ShardReader:
         starts = array("q", [sample.start for sample in samples])
         starts.extend(sample.stop for sample in samples[-1:])
         kept = samples if len(samples) <= KEPT_SAMPLES else []
-        found = self._parsed[block] = _Block(starts, kept, problem, place)
+        first = int(self._block_ends[block]) - expected
+        found = self._parsed[block] = _Block(first, starts, kept, problem, place)
         self._parsed_bytes += found.num_bytes
         while self._parsed_bytes > PARSED_BYTES and len(self._parsed) > 1:
             self._parsed_bytes -= self._parsed.popitem(last=False)[1].num_bytes
@@ -253,12 +253,14 @@ class _Block:
     """A block, and why the samples that it lacks are not among those found.
 
     Attributes:
+        first: number of its first sample in the data set.
         starts: offsets of its samples in the region, and that of the last one's end.
         samples: what their headers say; empty where they are too many.
         problem: what is wrong with the block.
         place: of the block.
     """
 
+    first: int
     starts: "array[int]"
     samples: list[StoredSample]
     problem: str

@@ -80,7 +80,7 @@ class StoredSamples:
         num_samples = int(self.samples_per_block.sum())
         self.sample_bytes = max(1, int(index.blocks[:, 1].sum(dtype=np.int64)) // num_samples)
         self._first_sample = np.cumsum(self.samples_per_block) - self.samples_per_block
-        self._row = new_row()
+        self._row, self._bytes_read = new_row(), 0
 
     def count_into(self, row: Row) -> None:
         """Add what is read from now on to a row of `datamodules.meter`."""
@@ -102,8 +102,11 @@ class StoredSamples:
         """Read planned batches [batches, micro_batch, 2]."""
         for planned in addresses:
             keys = self._keys(*planned.T)
-            samples = map(self._read, planned[:, 0].tolist(), keys)
-            yield self._codec.collate(list(samples))
+            self._bytes_read = 0
+            samples = list(map(self._read, planned[:, 0].tolist(), keys))
+            self._row[Counter.SAMPLES] += len(samples)
+            self._row[Counter.BYTES] += self._bytes_read
+            yield self._codec.collate(samples)
 
     def pad(self, batch: Any, num_samples: int) -> None:
         """Turn the samples from `num_samples` on into ones that count for nothing."""
@@ -122,8 +125,7 @@ class StoredSamples:
             decoded = self._codec.decode(members, key)
         except ValueError as err:
             raise self._reader.error(number, f"its codec cannot decode it ({err})") from err
-        self._row[Counter.SAMPLES] += 1
-        self._row[Counter.BYTES] += sample.stop - sample.start
+        self._bytes_read += sample.stop - sample.start
         return decoded
 
     def _keys(self, numbers: Int64Array, epochs: Int64Array) -> list[np.uint64 | None]:

@@ -148,8 +148,9 @@ def check_members(sample: StoredSample, schema: dict[str, dict[str, str]]) -> No
             f"two members {sample.repeated[0]} at byte {sample.start} -> which one is meant cannot "
             "be told -> give them different keys"
         )
-    required = {name for name, codec in schema.items() if "optional" not in codec}
-    if missing := required - sample.members.keys():
+    if missing := [
+        name for name in schema if name not in sample.members and "optional" not in schema[name]
+    ]:
         raise BadSampleError(
             f"a sample at byte {sample.start} lacks {sorted(missing)} of the schema -> it cannot "
             "be read -> restore the shard or prepare again"
