@@ -44,7 +44,10 @@ MODULE = "benchmarks.resume"
 
 
 def resume_ours(folder: str, fraction: float) -> float:
-    """Resume at a place of the epoch; seconds to the first batch."""
+    """Resume at a place of the epoch; seconds to the first batch.
+
+    Of small samples in blocks of 8 MiB most of it is finding them in one block for each lane.
+    """
     begun = time.perf_counter()
     loader = open_loader(open_source(Path(folder)))
     state = loader.stream_state()
@@ -164,7 +167,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        Console(width=100).print(compare_plans(Path(folder), options.rounds))
+        Console(width=100).print(compare_plans(Path(folder), min(3, options.rounds)))
     with tempfile.TemporaryDirectory() as folder:
         write_both(Path(folder), options.samples)
         table = compare_resumes(Path(folder), options.samples, options.rounds)

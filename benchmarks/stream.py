@@ -9,7 +9,7 @@ written, and each reader has a turn before those that count). A round runs all r
 that they share whatever else the machine does; each turn is a fixed number of batches, or what is
 read in a second, and every byte is read. Tables have medians over the rounds.
 
-Samples are counted: the last column has those that a reader gave in its last whole epoch, of those
+Samples are counted: the last column has those of a reader's last whole epoch, if any, of those
 that there are, and for images whether their digests add up to those that were written. Ours drops
 the samples behind the last whole batch of an epoch, other ones in each.
 
