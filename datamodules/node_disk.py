@@ -48,7 +48,7 @@ class NodeDisk:
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder, self._max_bytes = folder, max_bytes
-        self.failed = self._warned = False
+        self.failed, self._warnings_left = False, [True]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._accounts() as accounts:
@@ -200,13 +200,15 @@ class NodeDisk:
             _close(accounts)
 
     def _warn(self, problem: str) -> None:
-        if not self._warned:
-            self._warned = True
-            log.warning(
-                "cache folder %s of at most %d bytes: %s -> blocks that do not get in are fetched "
-                "each time -> allow more bytes, or free the disk",
-                *(self._folder, self._max_bytes, problem),
-            )
+        try:
+            self._warnings_left.pop()  # by one thread only
+        except IndexError:
+            return
+        log.warning(
+            "cache folder %s of at most %d bytes: %s -> blocks that do not get in are fetched "
+            "each time -> allow more bytes, or free the disk",
+            *(self._folder, self._max_bytes, problem),
+        )
 
 
 def _use(file: int) -> mmap.mmap:

@@ -254,10 +254,15 @@ class PackedRows:
         while start < stop:
             end = int(self._chunk_ends[chunk])
             chunk_start = int(self._chunk_ends[chunk - 1]) if chunk else 0
-            places = np.arange(start, min(stop, end)) - chunk_start
-            parts.append(np.take(self._chunks.tokens(chunk), places, mode="wrap"))
+            parts.append(self._slice(chunk, start - chunk_start, min(stop, end) - chunk_start))
             start, chunk = min(stop, end), chunk + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _slice(self, chunk: int, start: int, stop: int) -> NDArray:
+        tokens = self._chunks.tokens(chunk)
+        if stop <= len(tokens):
+            return tokens[start:stop]
+        return np.take(tokens, np.arange(start, stop), mode="wrap")  # of a shorter substitute
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the counters behind, which belong to a process."""

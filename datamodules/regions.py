@@ -76,6 +76,7 @@ class Regions:
         self._shards: OrderedDict[int, memoryview] = OrderedDict()
         self._row: Row = new_row()
         self._counted: dict[str, int] = {}
+        self._last_fetched = -1
 
     def count_into(self, row: Row) -> None:
         """Add what the cache counts from now on to a row of `datamodules.meter`."""
@@ -134,11 +135,17 @@ class Regions:
             if not self._accept_bad:
                 raise
             content = self._cache.get(remote, _accept)
+        if block != self._last_fetched:  # asking for the same again counts for nothing
+            self._last_fetched = block
+            self._count()
+        return memoryview(content)
+
+    def _count(self) -> None:
+        assert self._cache is not None
         now = asdict(self._cache.counters)
         for name, counter in _COUNTERS.items():
             self._row[counter] += now[name] - self._counted.get(name, 0)
         self._counted = now
-        return memoryview(content)
 
     def _remote(self, place: Place) -> tuple[RemoteBlock, Callable[[memoryview], None]]:
         shard = self._index.shards[place.shard]

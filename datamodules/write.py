@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from datamodules.index import Shard, ShardFacts, checksum
 from datamodules.tar import split_name
 
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 4 * 2**20
 """A block ends with the sample that passes this size: large enough for one efficient read from an
-object store, small enough to hop through."""
+object store, small enough that a shuffle's window in each lane spans several."""
 
 
 class ShardWriter:
