@@ -7,6 +7,7 @@ ours, masks     the same with document numbers
 ours, packed    whole documents, best-fit in rows, with document numbers
 webdataset      the stock library on the same shards, rows cut from each chunk in sequence
 webdataset, shuffled    the same with its shard shuffle and a buffer of 1000 rows
+webdataset, a row a sample    likewise, from shards in the library's usual form
 
 Packed rows are counted whole, with the few places that no document fills.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from webdataset import ShardWriter
 from webdataset.compat import WebDataset
 
 from benchmarks.turns import Reader, Side, Tokens, touch_tokens
@@ -26,7 +28,7 @@ from datamodules.loader import TrainLoader, order_of
 from datamodules.pack import PackedRows
 from datamodules.rows import TextRows
 from datamodules.workers import SampleSource
-from datamodules.write import ShardWriter
+from datamodules.write import ShardWriter as ChunkWriter
 
 NUM_SHARDS, CHUNKS_PER_SHARD, CHUNK_TOKENS = 8, 8, 2**19  # 64 MiB of uint16
 DOCUMENT_TOKENS = 700  # on average
@@ -35,6 +37,7 @@ SCHEMA = {
     "tokens.npy": {"codec": "npy", "dtype": "uint16"},
     "ends.npy": {"codec": "npy", "dtype": "uint32"},
 }
+ROW_SAMPLES = 2**14  # in shards of a row a sample, which take far more disk than tokens
 ENDLESS = 10**12
 """Samples of a run that is not to end."""
 
@@ -47,7 +50,7 @@ def write_tokens(folder: Path, num_shards: int = NUM_SHARDS) -> Index:
     with (folder / "tokens.u16").open("wb") as file:
         for shard in range(num_shards):
             documents: list[int] = []
-            with ShardWriter(data / f"train-{shard:06d}.tar") as writer:
+            with ChunkWriter(data / f"train-{shard:06d}.tar") as writer:
                 for _ in range(CHUNKS_PER_SHARD):
                     tokens = rng.integers(0, VOCAB_SIZE, CHUNK_TOKENS).astype("<u2")
                     lengths = draw_lengths(rng)
@@ -109,6 +112,33 @@ def nanogpt_form(flat: Path, length: int, batch: int) -> Iterator[Tokens]:
         yield rows(starts), rows([start + 1 for start in starts])
 
 
+def write_rows(folder: Path, flat: Path, length: int) -> list[str]:
+    """Write the first rows of the flat file as stock webdataset would, a sample each."""
+    tokens = np.memmap(flat, np.uint16, "r")
+    (folder := folder / f"rows-{length}").mkdir(exist_ok=True)
+    num_rows = min(ROW_SAMPLES, (len(tokens) - 1) // length)
+    pattern, in_shard = str(folder / "rows-%06d.tar"), -(-num_rows // 8)
+    with ShardWriter(pattern, maxcount=in_shard, verbose=0) as writer:
+        for row in range(num_rows):
+            cut = tokens[row * length : row * length + length + 1]
+            writer.write({"__key__": f"{row:08d}", "tokens.npy": np.array(cut)})
+    return [str(path) for path in sorted(folder.glob("*.tar"))]
+
+
+def stock_rows(urls: list[str], batch: int) -> Callable[[], Any]:
+    """Take the rows that webdataset yields, shuffled, an epoch at each call."""
+    shards: Any = WebDataset(urls, shardshuffle=len(urls), empty_check=False)
+    rows = shards.shuffle(1000).decode().to_tuple("tokens.npy")
+
+    def epoch() -> Iterator[Tokens]:
+        source: Iterator[Any] = iter(rows)
+        while found := [row for (row,) in islice(source, batch)]:
+            made = torch.from_numpy(np.stack(found).astype(np.int64))
+            yield made[:, :-1], made[:, 1:]
+
+    return epoch
+
+
 def stock(index: Index, length: int, batch: int, *, shuffled: bool) -> Callable[[], Any]:
     """Cut the chunks that webdataset yields into rows, an epoch at each call."""
     urls = [shard.url for shard in index.shards]
@@ -158,5 +188,6 @@ def token_sides(index: Index, flat: Path, length: int, batch: int) -> dict[str, 
         "ours, packed": masked(endless(packed, batch)),
         "webdataset": stock(index, length, batch, shuffled=False),
         "webdataset, shuffled": stock(index, length, batch, shuffled=True),
+        "webdataset, a row a sample": stock_rows(write_rows(flat.parent, flat, length), batch),
     }
     return {name: Reader(epoch, touch_tokens) for name, epoch in epochs.items()}
