@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from webdataset import ShardWriter
 from webdataset.compat import WebDataset
+from webdataset.writer import ShardWriter
 
 from benchmarks.turns import Reader, Side, Tokens, touch_tokens
 from datamodules.index import Index, read_index, write_index

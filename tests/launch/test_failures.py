@@ -110,7 +110,7 @@ def test_killed_rank_ends_the_run(rank, fail, at_step):
     assert f"rank {rank} was killed by SIGKILL" in fail(at_step("Kill", 4, rank))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_sleeping_rank_is_named_and_not_the_one_that_waits_for_it(rank, fail, at_step):
     reason = fail(at_step("Sleep", 4, rank), "trainer.timeout_s=4")
     assert reason.startswith(f"trainer.timeout_s=4 -> rank {rank} has made no progress since step")
@@ -152,6 +152,7 @@ def test_skipped_step_is_as_if_left_out(optimizer, small_run, train, at_step):
         assert_same_weights(skipped, later)
 
 
+@pytest.mark.slow  # each strategy's own path is in tests/trainers/test_parity.py
 def test_step_that_one_rank_spoils_is_skipped_by_all(small_run, train, at_step):
     two = train(*small_run, *TWO_RANKS, SKIP, at_step("NaN", 4, 1), "max_steps=6")
     rows = [row for row in read_metrics(two.path / "metrics.jsonl") if "train/loss" in row]
