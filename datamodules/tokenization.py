@@ -63,11 +63,21 @@ def encode_parts(tokenizer: Tokenizer, text: str) -> Iterable[list[int]]:
     A part ends after a newline between two visible characters, where no token of the tokenizers
     that are built here crosses, so splitting changes nothing for them. Text without such a place
     is cut at the limit.
+
+    Raises:
+        ValueError: the vocabulary lacks something that is in the text.
     """
     start = 0
     while start < len(text):
         stop = _part_end(text, start)
-        yield tokenizer.encode_batch_fast([text[start:stop]], add_special_tokens=False)[0].ids
+        try:
+            (part,) = tokenizer.encode_batch_fast([text[start:stop]], add_special_tokens=False)
+        except Exception as err:  # the library raises nothing more precise
+            raise ValueError(
+                f"corpus.tokenizer -> it has no tokens for some of {text[start : start + 40]!r}... "
+                f"({err}) -> use byte or bpe, which have tokens for every text"
+            ) from err
+        yield part.ids
         start = stop
 
 

@@ -78,3 +78,10 @@ def test_end_token_is_added_to_an_existing_tokenizer_that_lacks_it(tmp_path: Pat
     added = build_tokenizer(path, end_token=END, **settings)
     assert (added.get_vocab_size(), added.token_to_id(END)) == (4, 3)
     assert added.encode("a b a").ids == [0, 1, 0]
+
+
+def test_text_that_a_vocabulary_lacks_is_refused() -> None:
+    tokenizer = build_tokenizer("char", vocab_size=None, end_token=None, documents=["abc"])
+    assert list(encode_parts(tokenizer, "cab")) == [[2, 0, 1]]
+    with pytest.raises(ValueError, match=r"corpus.tokenizer -> it has no tokens for some of 'abc"):
+        list(encode_parts(tokenizer, "abcd"))
