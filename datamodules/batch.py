@@ -1,6 +1,6 @@
 """The batches: the contract between data and models, and the only thing `modules` may import here.
 
-Legend: B samples of this micro-batch, T predicted tokens of a sample.
+Legend: B samples of this micro-batch, T predicted tokens of a sample, S tokens of a source.
 """
 
 from typing import NotRequired, TypedDict
@@ -21,3 +21,22 @@ class TextBatch(TypedDict):
     inputs: Tensor  # int64 [B, T]
     targets: Tensor  # int64 [B, T], IGNORED where nothing is predicted
     documents: NotRequired[Tensor]  # int32 [B, T], number of the document within its row, from 0
+
+
+class PairBatch(TypedDict):
+    """Sources and targets for an encoder-decoder, each padded to the longest of the micro-batch.
+
+    `targets[b, t]` is the token that follows `inputs[b, t]`; `inputs` begins with the start token.
+    Rows that only pad the last batch of an evaluation have `IGNORED` in every target.
+
+    Targets differ in number between micro-batches and ranks, which are averaged as equals. A summed
+    loss over `divisor`, which is planned before anything is read and is the same in all
+    micro-batches of a step on all ranks, makes that average the mean over the step's targets.
+    """
+
+    source: Tensor  # int64 [B, S]
+    source_mask: Tensor  # bool [B, S], false at padding
+    inputs: Tensor  # int64 [B, T]
+    targets: Tensor  # int64 [B, T], IGNORED at padding
+    divisor: NotRequired[Tensor]  # fp32 [], the step's targets over its micro-batches; in training
+    texts: NotRequired[list[tuple[str, str]]]  # B times source and target as written; to score by
