@@ -8,11 +8,16 @@ from omegaconf import DictConfig
 
 from launch import runtime
 from launch.evaluate import load_module
-from launch.run_directory import find_run
+from launch.run_directory import RunDirectory, find_run
+
+SETTINGS = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "num_sequences"),
+    *("num_beams", "length_penalty"),
+)
 
 
 def generate_text(config: DictConfig) -> None:
-    """Continue the prompts and print them with their continuations."""
+    """Continue the prompts, or answer them, and print what comes of it."""
     run = find_run(config.run, config.runs_dir)
     prompts = read_prompts(config)
     _, module = load_module(run, config.checkpoint, config.accelerator)
@@ -21,29 +26,31 @@ def generate_text(config: DictConfig) -> None:
             f"run={run.path.name} -> {type(module).__name__} generates no text -> use a run of a "
             f"text family"
         )
-    from tokenizers import Tokenizer
-
     from trainers.build import resolve_accelerator
 
-    tokenizer = Tokenizer.from_file(str(run.path / "tokenizer.json"))
+    tokenizer, target_tokenizer = load_tokenizers(run)
+    # A prompt is text, also where it spells `<|...|>`, unless the model fills sentinels in.
+    tokenizer.encode_special_tokens = not run.config.data.get("sentinels")
     module.to(resolve_accelerator(config.accelerator))
-    tokenizer.encode_special_tokens = True  # a prompt is text, also where it spells `<|...|>`
+    settings = {key: config[key] for key in SETTINGS if config[key] is not None}
+    if not config.stop:
+        settings["stop_token"] = None
     ids = [encode(tokenizer, prompt) for prompt in prompts]
-    continuations = module.generate(
-        ids,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        num_sequences=config.num_sequences,
-        stop_token=run.config.data.end_token if config.stop else None,
-        seed=config.seed,
-    )
-    for prompt, sequences in zip(prompts, continuations, strict=True):
+    generated = module.generate(ids, seed=config.seed, **settings)
+    for prompt, sequences in zip(prompts, generated, strict=True):
         for tokens in sequences:
-            print(prompt + tokenizer.decode(tokens))
-            if len(prompts) * config.num_sequences > 1:
+            print((prompt if module.continues_prompts else "") + target_tokenizer.decode(tokens))
+            if sum(map(len, generated)) > 1 and module.continues_prompts:
                 print("-" * 40)
+
+
+def load_tokenizers(run: RunDirectory) -> tuple[Any, Any]:
+    """Tokenizers of what a run reads and of what it writes, which may be one."""
+    from tokenizers import Tokenizer
+
+    paths = [run.path / name for name in ("tokenizer.json", "target_tokenizer.json")]
+    tokenizer = Tokenizer.from_file(str(paths[0]))
+    return tokenizer, Tokenizer.from_file(str(paths[1])) if paths[1].exists() else tokenizer
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
@@ -53,7 +60,7 @@ def encode(tokenizer: Any, prompt: str) -> list[int]:
         ValueError: The tokenizer has no token for one of its characters.
     """
     try:
-        return tokenizer.encode(prompt).ids
+        return tokenizer.encode(prompt, add_special_tokens=False).ids
     except Exception as error:  # the library raises nothing more precise
         raise ValueError(
             f"prompt={prompt!r} -> the run's tokenizer cannot encode it ({error}) -> use the "

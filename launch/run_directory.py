@@ -4,7 +4,7 @@ config.yaml      the configuration, with the facts of its data and its plan
 status.json      starting | running | done | preempted | failed, and why
 summary.json     what a finished run reports
 metrics.jsonl    every logged row                losses.png    their picture
-checkpoints/  samples/  logs/  tokenizer.json  wandb.json
+checkpoints/  samples/  evaluations/  logs/  tokenizer.json  target_tokenizer.json  wandb.json
 """
 
 import fcntl
@@ -21,6 +21,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from launch.resume_rules import refuse_changes
+
+
+TOKENIZERS = ("tokenizer.json", "target_tokenizer.json")
+"""Of what a model reads, and of what it writes where that is another."""
 
 
 class StoppedError(BaseException):
@@ -235,8 +239,9 @@ class RunDirectory:
         """Write `config` as the run's, and that it is starting."""
         self.write_status("starting")
         _replace(self.path / "config.yaml", OmegaConf.to_yaml(config))
-        if config.data and (tokenizer := Path(config.data.path, "tokenizer.json")).exists():
-            shutil.copy(tokenizer, self.path)  # so that a run can be read without its data
+        for name in TOKENIZERS if config.data else ():  # so that a run can be read without its data
+            if (tokenizer := Path(config.data.path, name)).exists():
+                shutil.copy(tokenizer, self.path)
 
 
 def find_run(run: str, runs_dir: str) -> RunDirectory:
@@ -251,32 +256,6 @@ def find_run(run: str, runs_dir: str) -> RunDirectory:
     known = sorted(path.parent.name for path in Path(runs_dir).glob("*/config.yaml"))
     names = ", ".join(known) or "none yet: train one first"
     raise ValueError(f"run={run} -> no such run in {runs_dir}/ -> there are: {names}")
-
-
-def load_initial_weights(module: Any, source: str, runs_dir: str) -> None:
-    """Load what `init_from=<run|checkpoint directory>` names into a module: a run's best or last.
-
-    Raises:
-        ValueError: There is no such run, it has saved nothing, or its weights do not fit.
-    """
-    from trainers.checkpoint import MANIFEST, load_weights, verify
-
-    path: Path | None = Path(source)
-    if not (Path(source) / MANIFEST).exists():
-        run = find_run(source, runs_dir)
-        best = (run.checkpoints / "best").exists()
-        path = run.find_checkpoint("best" if best else "last")
-    if path is None:
-        raise ValueError(f"init_from={source} -> that run has saved nothing -> train it first")
-    verify(path)
-    try:
-        module.load_state_dict(load_weights(path), assign=True)
-    except RuntimeError as error:
-        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise ValueError(
-            f"init_from={source} -> its weights do not fit this module ({reasons}) -> use the "
-            f"module settings of that run"
-        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

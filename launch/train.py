@@ -8,7 +8,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from launch import ranks, runtime
-from launch.run_directory import RunDirectory, load_initial_weights
+from launch.initial_weights import load_initial_weights
+from launch.run_directory import RunDirectory
 from launch.summary import print_summary, summarize
 
 
@@ -44,8 +45,7 @@ def complete(config: DictConfig, num_ranks: int) -> None:
 
     check(config, num_ranks)
     config.precision = resolve_precision(config)  # written down: another machine may choose another
-    tokens = config.datamodule.get("sequence_length", 1)  # of a sample
-    config.plan = asdict(plan_run(config, tokens_per_sample=tokens, world_size=num_ranks))
+    config.plan = asdict(plan_run(config, world_size=num_ranks))
     if "_target_" in config.corpus:
         config.data = instantiate(config.corpus).prepare(config.data_dir).facts
 
@@ -67,7 +67,7 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
     runtime.say_once(*check(config, runtime.world_size(config), module))
     datamodule = instantiate(config.datamodule, _convert_="all")
     if config.init_from and checkpoint is None:
-        load_initial_weights(module, config.init_from, config.runs_dir)
+        load_initial_weights(module, config)
     trainer = build_trainer(
         runtime.plain(config),
         run.path,

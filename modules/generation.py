@@ -3,13 +3,24 @@
 Legend: S sequences generated together, T tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from modules.layers import KeyValueCache
+
+
+class Tokenizer(Protocol):
+    """The part of `tokenizers.Tokenizer` that a preview needs."""
+
+    def encode(self, sequence: str, /) -> Any:
+        """Return an encoding whose `ids` are the tokens of the text."""
+
+    def decode(self, ids: list[int], /) -> str:
+        """Return the text of the tokens."""
+        ...
 
 
 class Decoder(Protocol):
@@ -24,6 +35,21 @@ class Decoder(Protocol):
     def new_cache(self, batch: int, device: torch.device) -> KeyValueCache:
         """Make an empty cache for `batch` sequences of `sequence_length` tokens."""
         ...
+
+
+def merge_settings(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a model, where they are not given otherwise.
+
+    Raises:
+        ValueError: One is given that the model does not have.
+    """
+    for key, value in given.items():
+        if key not in own:
+            raise ValueError(
+                f"{key}={value} -> this model has no such setting of generation -> leave it out; "
+                f"there are {', '.join(own)}"
+            )
+    return {**own, **given}
 
 
 def filter_logits(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:

@@ -5,7 +5,7 @@ Legend: B batch, T tokens, V vocabulary, D width, L layers.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -14,21 +14,10 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 
 from datamodules.batch import IGNORED, TextBatch
-from modules.generation import generate
+from modules.generation import Tokenizer, generate, merge_settings
 from modules.gpt_networks import GPTNetwork, initial_value
 from modules.gpt_presets import shape_from
 from modules.optim import Schedule, build_optimizer, build_schedule
-
-
-class Tokenizer(Protocol):
-    """The part of `tokenizers.Tokenizer` that a preview needs."""
-
-    def encode(self, sequence: str, /) -> Any:
-        """Return an encoding whose `ids` are the tokens of the text."""
-
-    def decode(self, ids: list[int], /) -> str:
-        """Return the text of the tokens."""
-        ...
 
 
 class GPT(LightningModule):
@@ -55,6 +44,9 @@ class GPT(LightningModule):
     Raises:
         ValueError: Preset, override, optimizer or schedule are unknown or impossible.
     """
+
+    continues_prompts = True
+    """Whether what is generated follows a prompt, or is an answer to it."""
 
     def __init__(
         self,
@@ -212,9 +204,8 @@ class GPT(LightningModule):
 
         Args:
             prompts: Token ids of each prompt.
-            **settings: Of `modules.generation.generate`: `max_new_tokens`, `temperature`, `top_k`,
-                `top_p`, `num_sequences`, `stop_token` and `seed`; each prompt is drawn with the
-                seed plus its index.
+            **settings: `seed`, and of `module.preview` what is to be otherwise; each prompt is
+                drawn with the seed plus its index.
 
         Returns:
             For each prompt its `num_sequences` continuations, without prompt and stop token.
@@ -225,9 +216,11 @@ class GPT(LightningModule):
         was_training = self.network.training
         self.network.eval()
         seed = settings.pop("seed")
+        own = {key: value for key, value in self.preview_settings.items() if key != "prompts"}
+        chosen = merge_settings(own, settings)
         try:
             return [
-                generate(self.network, prompt, device=self.device, seed=seed + index, **settings)
+                generate(self.network, prompt, device=self.device, seed=seed + index, **chosen)
                 for index, prompt in enumerate(prompts)
             ]
         finally:
@@ -247,9 +240,8 @@ class GPT(LightningModule):
         Raises:
             ValueError: A prompt has no tokens and there is no stop token to start from.
         """
-        settings = dict(self.preview_settings)
-        texts = settings.pop("prompts")
-        start = [] if settings["stop_token"] is None else [settings["stop_token"]]
+        texts, stop_token = self.preview_settings["prompts"], self.preview_settings["stop_token"]
+        start = [] if stop_token is None else [stop_token]
         prompts = [list(tokenizer.encode(text).ids) or start for text in texts]
         if not all(prompts):
             raise ValueError(
@@ -259,7 +251,7 @@ class GPT(LightningModule):
         return [
             {"prompt": text, "text": tokenizer.decode(tokens)}
             for text, sequences in zip(
-                texts, self.generate(prompts, seed=self.seed, **settings), strict=True
+                texts, self.generate(prompts, seed=self.seed), strict=True
             )
             for tokens in sequences
         ]

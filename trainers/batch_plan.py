@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+TOKENS_KEYS = ("sequence_length", "source_length", "group_tokens")
+"""Settings of datamodules that say how many tokens a sample has; one without counts as 1."""
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -31,21 +34,24 @@ class RunPlan:
     grad_accum: int
 
 
-def plan_run(config: Mapping[str, Any], *, tokens_per_sample: int, world_size: int) -> RunPlan:
+def plan_run(config: Mapping[str, Any], *, world_size: int) -> RunPlan:
     """Derive the plan from `batch_tokens | batch_samples` and `max_tokens | ..samples | ..steps`.
 
-    A run's length is rounded down to whole steps.
+    A run's length is rounded down to whole steps. How many tokens a sample has, the datamodule's
+    settings say by one of `TOKENS_KEYS`.
 
     Raises:
         ValueError: None or several of the alternatives are set, they give no whole step, or the
             batch does not divide among ranks and micro-batches.
     """
+    key, tokens_per_sample = _tokens_per_sample(config["datamodule"])
     unit, size = _only_one(config, ("batch_tokens", "batch_samples"), "the global batch")
     if unit == "batch_tokens":
+        _refuse_tokens(unit, size, key)
         if size % tokens_per_sample:
             near = max(1, round(size / tokens_per_sample)) * tokens_per_sample
             raise ValueError(
-                f"batch_tokens={size} -> a sample has datamodule.sequence_length="
+                f"batch_tokens={size} -> a sample has datamodule.{key}="
                 f"{tokens_per_sample} tokens, which does not divide it -> "
                 f"the nearest that fits is batch_tokens={near}"
             )
@@ -54,6 +60,8 @@ def plan_run(config: Mapping[str, Any], *, tokens_per_sample: int, world_size: i
     limit, amount = _only_one(
         config, ("max_tokens", "max_samples", "max_steps"), "the run's length"
     )
+    if limit == "max_tokens":
+        _refuse_tokens(limit, amount, key)
     samples = {"max_tokens": amount // tokens_per_sample, "max_samples": amount}
     max_steps = samples.get(limit, amount * size) // size
     if max_steps < 1:
@@ -124,6 +132,19 @@ class _WholeSteps:
         batches = iter(self.loader)
         while step := list(islice(batches, self.num_micro)):
             yield step
+
+
+def _tokens_per_sample(datamodule: Mapping[str, Any]) -> tuple[str, int]:
+    found = [(key, datamodule[key]) for key in TOKENS_KEYS if datamodule.get(key)]
+    return found[0] if found else ("", 1)
+
+
+def _refuse_tokens(unit: str, size: int, key: str) -> None:
+    if not key:
+        raise ValueError(
+            f"{unit}={size} -> samples of this datamodule have no fixed number of tokens -> use "
+            f"{unit.split('_')[0]}_samples (datamodule.group_tokens makes groups of as many tokens)"
+        )
 
 
 def _only_one(config: Mapping[str, Any], keys: tuple[str, ...], what: str) -> tuple[str, int]:

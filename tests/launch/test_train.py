@@ -193,6 +193,8 @@ def test_weights_of_another_run_can_be_the_start(small_run, train):
     fresh = train(*base, "run.name=fresh")
     first = [read_metrics(run.path / "metrics.jsonl")[0]["train/loss"] for run in (started, fresh)]
     assert first[0] < first[1] - 0.2
+    with pytest.raises(ValueError, match=r"init_from=.* -> its tokenizer.json is another vocab"):
+        train(*base, "run.name=other", "corpus.tokenizer=byte", f"init_from={source.path}")
 
 
 def test_old_checkpoints_are_dropped_but_for_a_reason(small_run, train):

@@ -9,8 +9,9 @@ NOTHING = dict.fromkeys(
 )
 
 
-def plan(world_size=1, tokens_per_sample=64, **chosen):
-    return plan_run(NOTHING | chosen, tokens_per_sample=tokens_per_sample, world_size=world_size)
+def plan(world_size=1, datamodule=None, **chosen):
+    datamodule = {"sequence_length": 64} if datamodule is None else datamodule
+    return plan_run(NOTHING | {"datamodule": datamodule} | chosen, world_size=world_size)
 
 
 def test_units_lead_to_the_same_plan():
@@ -19,6 +20,13 @@ def test_units_lead_to_the_same_plan():
     by_steps = plan(batch_samples=12, max_steps=10)
     assert by_tokens == by_samples == by_steps
     assert (by_steps.batch_samples, by_steps.max_samples, by_steps.max_steps) == (12, 120, 10)
+
+
+def test_datamodule_says_how_many_tokens_a_sample_has():
+    groups = plan(datamodule={"group_tokens": 512}, batch_tokens=2048, max_steps=1)
+    assert (groups.batch_samples, groups.tokens_per_sample) == (4, 512)
+    pairs = plan(datamodule={"group_tokens": None}, batch_samples=4, max_steps=1)
+    assert (pairs.batch_samples, pairs.tokens_per_sample) == (4, 1)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +63,8 @@ def test_every_split_is_whole_or_refused():
         ),
         ({"batch_samples": 2.5, "max_steps": 1}, "batch_samples=2.5 -> .* whole number"),
         ({"batch_samples": 4, "max_steps": 1, "micro_batch": 0}, "micro_batch=0 -> "),
+        ({"batch_tokens": 64, "max_steps": 1, "datamodule": {}}, "batch_tokens=64 -> .* no fixed"),
+        ({"batch_samples": 4, "max_tokens": 64, "datamodule": {}}, "max_tokens=64 -> .* no fixed"),
     ],
 )
 def test_impossible_plan_is_refused(chosen, message):

@@ -1,0 +1,55 @@
+"""Weights to start a new run from: `init_from=<run|checkpoint directory>`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from launch.run_directory import TOKENIZERS, find_run
+
+
+def load_initial_weights(module: Any, config: DictConfig) -> None:
+    """Load what `init_from=<run|checkpoint directory>` names into a module: a run's best or last.
+
+    Raises:
+        ValueError: There is no such run, it has saved nothing, its weights do not fit, or its
+            vocabulary is another.
+    """
+    from trainers.checkpoint import MANIFEST, load_weights, verify
+
+    source = config.init_from
+    path: Path | None = Path(source)
+    if not (Path(source) / MANIFEST).exists():
+        run = find_run(source, config.runs_dir)
+        best = (run.checkpoints / "best").exists()
+        path = run.find_checkpoint("best" if best else "last")
+    if path is None:
+        raise ValueError(f"init_from={source} -> that run has saved nothing -> train it first")
+    verify(path)
+    _refuse_other_vocabulary(config, path.parent.parent)
+    try:
+        module.load_state_dict(load_weights(path), assign=True)
+    except RuntimeError as error:
+        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise ValueError(
+            f"init_from={source} -> its weights do not fit this module ({reasons}) -> use the "
+            f"module settings of that run"
+        ) from error
+
+
+def _refuse_other_vocabulary(config: DictConfig, run: Path) -> None:
+    """Compare the tokenizers of the data with those that a run was trained with, if there are any.
+
+    Raises:
+        ValueError: They differ: the same numbers would stand for other tokens.
+    """
+    for name in TOKENIZERS if config.data else ():
+        own, other = Path(config.data.path, name), run / name
+        if other.exists() and own.exists() and own.read_bytes() != other.read_bytes():
+            sizes = [len(json.loads(path.read_bytes())["model"]["vocab"]) for path in (other, own)]
+            raise ValueError(
+                f"init_from={config.init_from} -> its {name} is another vocabulary ({sizes[0]:,} "
+                f"tokens) than that of the data ({sizes[1]:,} tokens, {own}), so its weights "
+                f"belong to other tokens -> prepare the data with corpus.tokenizer={other}"
+            )

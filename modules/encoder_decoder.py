@@ -1,0 +1,313 @@
+"""The encoder-decoder family: reads a source whole and predicts a target token by token.
+
+Legend: B batch, S source tokens, T target tokens, V vocabulary of targets.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import SumMetric
+
+from datamodules.batch import IGNORED, PairBatch
+from modules import encoder_decoder_networks as transformer
+from modules import encoder_decoder_recurrent as recurrent
+from modules.decoding import decode
+from modules.generation import Tokenizer, merge_settings
+from modules.optim import Schedule, build_optimizer, build_schedule
+from modules.scores import Row, check_scores, gather_rows, score, texts_of
+from modules.teacher_forcing import TeacherForcing
+
+_SOURCES_AT_ONCE = 32  # of `generate`
+
+
+class EncoderDecoder(LightningModule):
+    """Sequence-to-sequence model, a Transformer or a recurrent one.
+
+    Reads `PairBatch`. Returns `train/loss` from `training_step`; logs `val/loss`,
+    `val/perplexity` and `val/token_accuracy`, exact over every target on every rank, and of
+    generated targets `val/bleu`, `val/chrf`, `val/rouge1`, `val/rouge2` and `val/rougeL`
+    (`modules.scores`); the same under `test/`. Losses are in nats per token; those of an evaluation
+    without label smoothing. Targets are generated where the data has their texts.
+
+    Args:
+        preset: A name of `PRESETS` of `modules.encoder_decoder_presets` or of
+            `modules.encoder_decoder_recurrent`.
+        network: Overrides of the preset, fields of its shape; None means as the preset has it.
+        source_vocab: Tokens of the sources' vocabulary.
+        target_vocab: V.
+        source_length: Tokens of the longest source, with its end token.
+        target_length: Tokens of the longest target, with its end token.
+        start_token: The decoder's first input.
+        stop_token: Ends a target.
+        source_end_token: Ends a source.
+        label_smoothing: Share of the probability spread over the vocabulary (Szegedy et al. 2016,
+            arXiv 1512.00567, section 7).
+        teacher_forcing: `start`, `end` and `decay_samples` of `TeacherForcing`.
+        optimizer: Arguments of `build_optimizer`, and `gradient_clip`, which the trainer reads.
+        schedule: Arguments of `build_schedule`.
+        plan: `batch_samples`, `max_samples`, `max_steps` and `tokens_per_sample` of the run.
+        generation: `max_new_tokens` (None: `target_length`), `num_beams`, `length_penalty`,
+            `temperature`, `top_k` and `top_p` of `modules.decoding.decode`.
+        scores: `names` out of `modules.scores.SCORES`; `max_samples` to generate in a validation
+            while training, None for all; `num_rows` of them to keep as samples.
+        seed: Of the initial values, of the coins of teacher forcing and of sampling.
+
+    Raises:
+        ValueError: A setting is unknown or impossible.
+    """
+
+    continues_prompts = False
+    """Whether what is generated follows a prompt, or is an answer to it."""
+
+    def __init__(
+        self,
+        *,
+        preset: str,
+        network: Mapping[str, Any],
+        source_vocab: int,
+        target_vocab: int,
+        source_length: int,
+        target_length: int,
+        start_token: int,
+        stop_token: int,
+        source_end_token: int,
+        label_smoothing: float,
+        teacher_forcing: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        schedule: Mapping[str, Any],
+        plan: Mapping[str, int],
+        generation: Mapping[str, Any],
+        scores: Mapping[str, Any],
+        seed: int,
+    ):
+        super().__init__()
+        check_scores(scores["names"])
+        sizes = dict(
+            source_vocab=source_vocab, target_vocab=target_vocab,
+            source_length=source_length, target_length=target_length,
+        )  # fmt: skip
+        self._kind, build = _find_network(preset, network)
+        # Without storage until it is known where: a strategy may give a rank its shards only.
+        with torch.device("meta"):
+            self.network = build(**sizes)
+        self._sizes = {name: p.shape for name, p in self.network.named_parameters()}
+        self.source_length = source_length
+        self.start_token, self.stop_token = start_token, stop_token
+        self.source_end_token = source_end_token
+        self.label_smoothing = label_smoothing
+        self.teacher_forcing = TeacherForcing(
+            **teacher_forcing, is_recurrent=self._kind is recurrent, plan=plan, seed=seed
+        )
+        self.optimizer_settings = {k: v for k, v in optimizer.items() if k != "gradient_clip"}
+        self.schedule = Schedule(plan, **schedule)  # here, so that a wrong one fails early
+        self.generation, self.scores, self.seed = dict(generation), scores, seed
+        # As those of `modules.gpt`, and for the same reasons.
+        self.nats = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self.num_targets = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self.num_correct = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self._own_rows: list[Row] = []
+        self.rows: list[Row] = []
+        """Source, target and prediction of all that the last evaluation generated."""
+        self.signatures: dict[str, str] = {}
+        """How its scores were computed, by name."""
+
+    def configure_model(self) -> None:
+        """Give the network storage and initial values, unless it has them or shards of them."""
+        if any(parameter.is_meta for parameter in self.network.parameters()):
+            self.network.to_empty(device=torch.get_default_device())
+            self.network.initialise(self.seed)
+
+    def initial_value(self, name: str) -> Tensor:
+        """Initial value of the parameter that `named_parameters` calls `name`; fp32, on the CPU."""
+        name = name.removeprefix("network.")
+        return self._kind.initial_value(self.network.shape, name, self._sizes[name], self.seed)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks that have an optimizer each: one."""
+        return {"network": self.network}
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers, each a unit to checkpoint, shard or compile."""
+        return list(self.network.blocks)
+
+    def parameters_by_role(self) -> dict[str, list[nn.Parameter]]:
+        """Sort the parameters by what they are to an optimizer (`ParameterRoles`)."""
+        roles = {"matrix": [], "embedding": [], "head": [], "other": []}
+        for name, parameter in self.network.named_parameters():
+            roles[self._kind.role_of(self.network.shape, name, parameter.ndim)].append(parameter)
+        return roles
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
+        """Compute the loss of a micro-batch.
+
+        Returns:
+            `loss`, the summed loss over the batch's `divisor`, so that averaging micro-batches and
+            ranks weighs every target of the step the same; and `train/loss`, a sum and its weight.
+        """
+        targets = batch["targets"]
+        total = self.network(
+            batch["source"],
+            batch["source_mask"],
+            batch["inputs"],
+            targets,
+            label_smoothing=self.label_smoothing,
+            teacher=self._teacher(targets.size(1)),
+        )
+        count = (targets != IGNORED).sum()
+        return {"loss": total / batch["divisor"], "train/loss": (total.detach(), count)}
+
+    def _teacher(self, num_steps: int) -> Tensor | None:
+        samples = self.global_step * self.schedule.plan["batch_samples"]
+        coins = self.teacher_forcing.coins(samples, self.network.target_length)
+        return None if coins is None else coins[:num_steps].to(self.device)
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """Add a batch to the sums of the evaluation, and generate its targets where asked for."""
+        logits = self.network(batch["source"], batch["source_mask"], batch["inputs"])  # [B, T, V]
+        targets = batch["targets"]
+        nats = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        self.nats.update(nats)
+        self.num_targets.update((targets != IGNORED).sum())
+        self.num_correct.update((logits.argmax(-1) == targets).sum())
+        if batch_idx * len(targets) * self.trainer.world_size < self._num_generated(batch):
+            self._own_rows += self._predict(batch)
+
+    def test_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """As `validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log losses, accuracy and scores under `val/`."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log losses, accuracy and scores under `test/`."""
+        self._log_evaluation("test")
+
+    def _num_generated(self, batch: PairBatch) -> float:
+        """Samples to generate targets of, over all ranks; the same on each of them."""
+        if "texts" not in batch or not self.scores["names"]:
+            return self.scores["num_rows"]
+        is_training = self.trainer.state.fn == "fit"
+        max_samples = self.scores["max_samples"] if is_training else None
+        return float("inf") if max_samples is None else max_samples
+
+    def _predict(self, batch: PairBatch) -> list[Row]:
+        sequences = self._decode(batch["source"], batch["source_mask"], self.seed, {})
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        predictions = data.target_tokenizer.decode_batch(sequences)
+        texts = batch.get("texts") or texts_of(batch, data.tokenizer, data.target_tokenizer)
+        is_sample = (batch["targets"] != IGNORED).any(1).tolist()
+        rows = zip(texts, predictions, is_sample, strict=True)
+        return [(*text, prediction) for text, prediction, is_one in rows if is_one]
+
+    def _log_evaluation(self, split: Literal["val", "test"]) -> None:
+        count = self.num_targets.compute()  # over all ranks
+        loss = self.nats.compute() / count
+        values = {
+            f"{split}/loss": loss,
+            f"{split}/perplexity": loss.exp(),
+            f"{split}/token_accuracy": self.num_correct.compute() / count,
+        }
+        for metric in (self.nats, self.num_targets, self.num_correct):
+            metric.reset()
+        self.rows, self._own_rows = gather_rows(self._own_rows), []
+        if self.rows and self.scores["names"]:
+            found, self.signatures = score(self.rows, self.scores["names"])
+            # Of torch's default dtype on any device, where others are fp64.
+            values |= {f"{split}/{name}": torch.tensor(value) for name, value in found.items()}
+        # Equal on all ranks already; without sync_dist Lightning warns that they may not be.
+        self.log_dict(values, sync_dist=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimizer and its schedule, stepped once per optimizer step."""
+        optimizer = build_optimizer(self.parameters_by_role(), **self.optimizer_settings)
+        batch_samples = self.schedule.plan["batch_samples"]
+        scheduler = build_schedule(optimizer, self.schedule, batch_samples)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def generate(self, prompts: list[list[int]], **settings: Any) -> list[list[list[int]]]:
+        """Generate targets of sources.
+
+        Args:
+            prompts: Token ids of each source; its end token is added.
+            **settings: `num_sequences` for each source, `seed`, and of `module.generation` what is
+                to be otherwise.
+
+        Returns:
+            For each source its targets, without start and stop token.
+
+        Raises:
+            ValueError: A source is too long, or a setting is outside its range.
+        """
+        was_training = self.network.training
+        self.network.eval()
+        seed, num_sequences = settings.pop("seed"), settings.pop("num_sequences", 1)
+        sources = [[*prompt, self.source_end_token] for prompt in prompts]
+        longest = max(map(len, sources))
+        if longest > self.source_length:
+            raise ValueError(
+                f"prompt -> its {longest} tokens (with its end) are more than the "
+                f"{self.source_length} that the model was made for -> shorten it"
+            )
+        found = []
+        try:
+            for first in range(0, len(sources), _SOURCES_AT_ONCE):
+                part = sources[first : first + _SOURCES_AT_ONCE]
+                repeated = [source for source in part for _ in range(num_sequences)]
+                source, mask = _padded(repeated, self.source_end_token, self.device)
+                drawn = self._decode(source, mask, seed + first * num_sequences, settings)
+                found += [
+                    drawn[n : n + num_sequences] for n in range(0, len(drawn), num_sequences)
+                ]
+        finally:
+            self.network.train(was_training)
+        return found
+
+    def _decode(
+        self, source: Tensor, mask: Tensor, seed: int, settings: Mapping[str, Any]
+    ) -> list[list[int]]:
+        chosen = merge_settings(self.generation, settings)
+        if chosen["max_new_tokens"] is None:
+            chosen["max_new_tokens"] = self.network.target_length
+        return decode(
+            self.network,
+            source,
+            mask,
+            start_token=self.start_token,
+            stop_token=self.stop_token,
+            seed=seed,
+            **chosen,
+        )
+
+    def preview(self, tokenizer: Tokenizer) -> list[dict[str, str]]:
+        """Some of what the last validation generated: rows of source, target and prediction."""
+        names = ("source", "target", "prediction")
+        return [dict(zip(names, row, strict=True)) for row in self.rows[: self.scores["num_rows"]]]
+
+
+def _find_network(preset: str, overrides: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The module that has the preset's network, and what builds it from its sizes."""
+    raise NotImplementedError
+
+
+def _padded(
+    sequences: Sequence[list[int]], padding: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [B, S] and which of them count, bool [B, S]."""
+    length = max(map(len, sequences))
+    rows = [[*tokens, *[padding] * (length - len(tokens))] for tokens in sequences]
+    mask = [[place < len(tokens) for place in range(length)] for tokens in sequences]
+    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
