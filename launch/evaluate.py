@@ -11,7 +11,11 @@ from launch.run_directory import RunDirectory, find_run
 
 
 def evaluate_run(config: DictConfig) -> None:
-    """Score a checkpoint, print the metrics, and keep them in `evaluations/` of the run."""
+    """Score a checkpoint, print the metrics, and keep them in `evaluations/` of the run.
+
+    Beside them, of a module that generates, a table of what it made (`.jsonl`), and in them how
+    scores were computed.
+    """
     run = find_run(config.run, config.runs_dir)
     if config.split not in ("val", "test"):
         raise ValueError(f"split={config.split} -> unknown -> use val or test")
@@ -20,10 +24,18 @@ def evaluate_run(config: DictConfig) -> None:
     directory = run.path / "evaluations"
     directory.mkdir(exist_ok=True)
     path = directory / f"{config.split}-{name}.json"
-    path.write_text(json.dumps({"checkpoint": name, **metrics}, indent=1) + "\n")
+    signatures = getattr(module, "signatures", {})
+    report = {"checkpoint": name, **metrics} | ({"signatures": signatures} if signatures else {})
+    path.write_text(json.dumps(report, indent=1) + "\n")
     for key, value in metrics.items():
         print(f"{key:24} {value:.4f}")
+    for key, signature in signatures.items():
+        print(f"{key:24} {signature}")
     print(f"checkpoint {name} of run {run.path.name}; written to {path}")
+    if rows := getattr(module, "rows", []):
+        table = path.with_suffix(".jsonl")
+        table.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        print(f"{len(rows)} rows of source, target and prediction in {table}")
 
 
 def load_module(run: RunDirectory, which: str, accelerator: str) -> tuple[str, Any]:

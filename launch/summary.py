@@ -18,7 +18,8 @@ def summarize(run: RunDirectory, trainer: Any) -> dict[str, Any]:
 
     Returns:
         `step`, `samples`, `tokens`, the last `val/*` metrics, `tokens_per_s` (mean over this
-        launch's training time; None where it trained nothing), and paths.
+        launch's training time; None where it trained nothing; `samples_per_s` where samples have
+        no fixed number of tokens), `signatures` of scores, and paths.
     """
     from trainers.callbacks.step_metrics import StepMetrics
     from trainers.metrics import plot_losses, read_metrics
@@ -28,13 +29,16 @@ def summarize(run: RunDirectory, trainer: Any) -> dict[str, Any]:
     last = {key: value for row in rows for key, value in row.items() if key.startswith("val/")}
     metrics = next(c for c in trainer.callbacks if isinstance(c, StepMetrics))
     checkpoint = run.find_checkpoint("last")
+    unit = "tokens" if "tokens" in rows[-1] else "samples"
+    speed = metrics.samples_per_s * (metrics.tokens_per_sample if unit == "tokens" else 1)
     samples = run.path / "samples" / f"{checkpoint.name}.jsonl" if checkpoint else None
     return {
-        **{key: rows[-1][key] for key in ("step", "samples", "tokens")},
+        **{key: rows[-1][key] for key in ("step", "samples", unit)},
         **last,
-        "tokens_per_s": metrics.tokens_per_s if metrics.total_seconds else None,
+        f"{unit}_per_s": speed if metrics.total_seconds else None,
         "checkpoint": str(checkpoint),
         "samples_file": str(samples) if samples and samples.exists() else None,
+        "signatures": getattr(trainer.lightning_module, "signatures", {}),
         "losses_png": str(run.path / "losses.png"),
     }
 
@@ -45,10 +49,12 @@ def print_summary(run: RunDirectory) -> None:
     if sample := _last_sample(summary["samples_file"]):
         console.print(Panel(Text(sample), title="a sample", expand=False))
     lines = {"run": f"{run.path.name}: done"}
-    lines["trained"] = f"{summary['step']:,} steps, {summary['tokens']:,} tokens"
+    unit = "tokens" if "tokens" in summary else "samples"
+    lines["trained"] = f"{summary['step']:,} steps, {summary[unit]:,} {unit}"
     lines |= {key: f"{summary[key]:.4f}" for key in sorted(summary) if key.startswith("val/")}
-    if summary["tokens_per_s"]:
-        lines["tokens/s"] = f"{summary['tokens_per_s']:,.0f}"
+    lines |= {f"{name} is": value for name, value in summary.get("signatures", {}).items()}
+    if speed := summary[f"{unit}_per_s"]:
+        lines[f"{unit}/s"] = f"{speed:,.0f}"
     lines |= {title: summary[key] for title, key in PATHS.items() if summary[key] is not None}
     for title, value in lines.items():
         console.print(f"[bold]{title:18}[/bold]", end="")
@@ -59,4 +65,8 @@ def _last_sample(path: str | None) -> str | None:
     if path is None:
         return None
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    return rows[-1].get("prompt", "") + rows[-1].get("text", "") if rows else None
+    if not rows:
+        return None
+    if "text" in rows[-1]:
+        return rows[-1]["prompt"] + rows[-1]["text"]
+    return "\n".join(f"{name}: {text}" for name, text in rows[-1].items())

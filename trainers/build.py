@@ -135,8 +135,10 @@ def _stamp_rows(trainer: lightning.Trainer, loggers: list[Logger], plan: Mapping
     def stamp() -> dict[str, float]:
         samples = trainer.global_step * plan["batch_samples"]
         epoch = getattr(trainer.datamodule, "epoch", 0)  # type: ignore[attr-defined]
-        tokens = samples * plan["tokens_per_sample"]
-        return {"step": trainer.global_step, "samples": samples, "tokens": tokens, "epoch": epoch}
+        row = {"step": trainer.global_step, "samples": samples, "epoch": epoch}
+        if plan["tokens_per_sample"] > 1:
+            row["tokens"] = samples * plan["tokens_per_sample"]
+        return row
 
     for logger in loggers:
         if isinstance(logger, StampedLogger):

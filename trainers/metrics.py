@@ -85,7 +85,7 @@ def plot_losses(rows: Iterable[Mapping[str, float]], path: str | Path, title: st
     from matplotlib.figure import Figure
 
     rows = list(rows)
-    axis = "tokens" if any(row["tokens"] != row["samples"] for row in rows) else "samples"
+    axis = "tokens" if all("tokens" in row for row in rows) else "samples"
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for key, style in (("train/loss", "-"), ("val/loss", "o-")):

@@ -97,8 +97,9 @@ class ProgressBar(Callback):
         latest = self.metrics.latest
         if not latest:
             return ""
-        speed = latest["perf/tokens_per_s"]
-        return f"loss {latest['train/loss']:.3f}{self._validation} {speed:,.0f} tokens/s"
+        unit = "tokens" if "perf/tokens_per_s" in latest else "samples"
+        speed = f"{latest[f'perf/{unit}_per_s']:,.0f} {unit}/s"
+        return f"loss {latest['train/loss']:.3f}{self._validation} {speed}"
 
     def _print_line(self, trainer: Trainer) -> None:
         now = time.monotonic()

@@ -32,7 +32,8 @@ class StepMetrics(Callback):
     Reads every `train/<name>` of the step's dictionary, and `loss` where it has no `train/loss`.
     Logs besides `train/lr`, `train/grad_norm` (before clipping; of several parts with `/<part>`
     behind), `train/skipped_steps` (those that `StepGuard` left out, since the run began),
-    `perf/samples_per_s`, `perf/tokens_per_s`, `perf/peak_memory_mib`, what `DataRates` says of
+    `perf/samples_per_s`, where samples have a fixed number of tokens `perf/tokens_per_s`,
+    `perf/peak_memory_mib`, what `DataRates` says of
     reading the data and, where the device's peak is known, `perf/mfu`:
 
         model FLOPs utilisation = flops_per_sample * samples_per_s / (ranks * peak FLOP/s)
@@ -65,9 +66,9 @@ class StepMetrics(Callback):
         self._data = DataRates()
 
     @property
-    def tokens_per_s(self) -> float:
+    def samples_per_s(self) -> float:
         """Mean over the training time of this process, start-up and validation left out."""
-        return self.total_samples * self.tokens_per_sample / max(self.total_seconds, 1e-9)
+        return self.total_samples / max(self.total_seconds, 1e-9)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -143,9 +144,10 @@ class StepMetrics(Callback):
         self.total_seconds += seconds
         row = {
             "perf/samples_per_s": samples / seconds,
-            "perf/tokens_per_s": samples * self.tokens_per_sample / seconds,
             "perf/peak_memory_mib": peak_memory_mib(pl_module.device),
         }
+        if self.tokens_per_sample > 1:
+            row["perf/tokens_per_s"] = samples * self.tokens_per_sample / seconds
         row |= self._data.row(trainer, seconds=seconds, num_steps=num_steps)
         peak, flops_per_sample = peak_flops(pl_module.device), _flops_per_sample(pl_module)
         if peak and flops_per_sample:
