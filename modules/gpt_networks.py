@@ -4,7 +4,6 @@ Legend: B batch, T tokens, D width, H heads, K key-value heads, W head width, V 
 L layers.
 """
 
-import hashlib
 import math
 
 import torch
@@ -12,19 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.gpt_presets import GPTShape
+from modules.initial_values import generator_for
 from modules.layers import (
+    MLP,
     KeyValueCache,
     Reduction,
-    apply_rotary,
     attention,
     document_mask,
-    document_positions,
     linear_cross_entropy,
-    rotary_tables,
     soft_cap,
     table_of,
 )
 from modules.norms import NORM_EPSILON, LayerNorm, RMSNorm, rms_norm
+from modules.positions import apply_rotary, document_positions, rotary_tables
 
 
 class Attention(nn.Module):
@@ -68,26 +67,6 @@ class Attention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
 
 
-class MLP(nn.Module):
-    """Feed-forward part of a block."""
-
-    def __init__(self, shape: GPTShape):
-        super().__init__()
-        self.activation = shape.activation
-        self.up = nn.Linear(shape.width, shape.mlp_width, bias=shape.bias)
-        if shape.activation == "swiglu":
-            self.gate = nn.Linear(shape.width, shape.mlp_width, bias=shape.bias)
-        self.output = nn.Linear(shape.mlp_width, shape.width, bias=shape.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform each token of `x` [B, T, D]."""
-        if self.activation == "swiglu":
-            return self.output(F.silu(self.gate(x)) * self.up(x))
-        if self.activation == "relu2":
-            return self.output(F.relu(self.up(x)).square())
-        return self.output(F.gelu(self.up(x), approximate="tanh"))
-
-
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each normalised before and added back (pre-norm)."""
 
@@ -96,7 +75,7 @@ class Block(nn.Module):
         self.attention_norm = _norm(shape)
         self.attention = Attention(shape, layer)
         self.mlp_norm = _norm(shape)
-        self.mlp = MLP(shape)
+        self.mlp = MLP(shape.width, shape.mlp_width, activation=shape.activation, bias=shape.bias)
         self.dropout = nn.Dropout(shape.dropout)
 
     def forward(
@@ -229,9 +208,7 @@ def initial_value(shape: GPTShape, name: str, size: torch.Size, seed: int) -> Te
         return torch.zeros(size, device="cpu")
     if "norm." in name:
         return torch.ones(size, device="cpu")
-    key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    # 63 bits: torch takes seeds as signed integers.
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+    generator = generator_for(name, seed)
     value = torch.empty(size, device="cpu")
     is_output = name.endswith("output.weight")
     if shape.initialisation == "gpt2":

@@ -3,9 +3,10 @@
 Legend: D width, H heads, K key-value heads, W head width, L layers.
 """
 
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from modules.presets import choose, refuse_unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,7 @@ class GPTShape:
                 f"module.network.positions=rope -> it rotates pairs, and width/num_heads="
                 f"{self.head_width} is odd -> choose an even head width or positions=learned"
             )
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"module.network.{name}={getattr(self, name)} -> unknown -> "
-                    f"choose one of {', '.join(choices)}"
-                )
+        refuse_unknown(self, _CHOICES)
 
     @property
     def head_width(self) -> int:
@@ -150,22 +146,8 @@ def shape_from(preset: str, overrides: dict[str, Any]) -> GPTShape:
     Raises:
         ValueError: The preset or a field is unknown, or the shape is impossible.
     """
-    if preset not in PRESETS:
-        near = get_close_matches(preset, PRESETS, n=3) or PRESETS
-        raise ValueError(
-            f"module.preset={preset} -> unknown -> did you mean {' or '.join(near)}? "
-            f"Forms are {', '.join(_FORMS)}, sizes {', '.join(_SIZES)}"
-        )
-    names = [field.name for field in fields(GPTShape)]
-    for name in overrides:
-        if name not in names:
-            near = get_close_matches(name, names, n=3) or names
-            raise ValueError(
-                f"module.network.{name} -> no such key -> did you mean {' or '.join(near)}?"
-            )
-    base = PRESETS[preset]
-    chosen = {name: value for name, value in overrides.items() if value is not None}
-    if "num_heads" in chosen and "num_kv_heads" not in chosen:
+    if overrides.get("num_heads") is not None and overrides.get("num_kv_heads") is None:
+        base = choose(PRESETS, preset, {})
         group = base.num_heads // base.num_kv_heads
-        chosen["num_kv_heads"] = max(1, chosen["num_heads"] // group)
-    return replace(base, **chosen)
+        overrides = {**overrides, "num_kv_heads": max(1, overrides["num_heads"] // group)}
+    return choose(PRESETS, preset, overrides)

@@ -1,7 +1,7 @@
 """Pieces of transformers that several families share, and the loss over large vocabularies.
 
-Legend: B batch, T tokens, S keys (T without a cache), D width, H heads, K key-value heads,
-W head width, V vocabulary, N positions of the whole batch (B x T).
+Legend: B batch, T tokens, S keys, D width, H heads, K key-value heads, W head width,
+V vocabulary, N positions of the whole batch (B x T).
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ PLAIN_LOGITS_BYTES = 32 * 2**20
 """Up to this size (as fp32) all logits are made at once, the fastest form; above, in chunks."""
 
 Reduction = Literal["mean", "sum"]
+Activation = Literal["relu", "relu2", "gelu", "geglu", "swiglu"]
 
 
 def table_of(embedding: nn.Embedding) -> Tensor:
@@ -30,20 +31,6 @@ def table_of(embedding: nn.Embedding) -> Tensor:
     return weight.float() if torch.is_autocast_enabled(weight.device.type) else weight
 
 
-def document_positions(documents: Tensor) -> Tensor:
-    """Position of each token within its document.
-
-    Args:
-        documents: int32 [B, T], the document's number within the row; documents are contiguous.
-
-    Returns:
-        int64 [B, T], 0 at the first token of each document.
-    """
-    index = torch.arange(documents.size(1), device=documents.device)  # [T]
-    is_start = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    return index - torch.where(is_start, index, 0).cummax(dim=1).values
-
-
 def document_mask(documents: Tensor) -> Tensor:
     """Block-diagonal causal mask: a token attends to earlier ones of its own document.
 
@@ -55,33 +42,6 @@ def document_mask(documents: Tensor) -> Tensor:
     """
     same = documents[:, None, :, None] == documents[:, None, None, :]
     return same.tril()
-
-
-def rotary_tables(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary position embedding.
-
-    Su et al. 2021, arXiv 2104.09864, equation 15, with theta_i = base^(-2i / W). Computed in fp32
-    at each forward pass rather than kept in a buffer, which casting the module would round.
-
-    Args:
-        positions: int64 [T] or [B, T].
-        head_width: W, even.
-        base: Base of the geometric series of wavelengths.
-
-    Returns:
-        Two fp32 tensors, [T, 1, W] or [B, T, 1, W]: the cosines, and the sines with the first
-        half negated, as `apply_rotary` takes them.
-    """
-    half = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float().unsqueeze(-1) * base ** (-half / head_width)  # [..., T, W/2]
-    cos, sin = angles.unsqueeze(-2).cos(), angles.unsqueeze(-2).sin()
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-
-
-def apply_rotary(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (i, i + W/2) of `x` [B, T, H, W]; the pairing of Llama and GPT-NeoX."""
-    cos, sin = tables
-    return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).to(x.dtype)
 
 
 @dataclass
@@ -109,28 +69,32 @@ class KeyValueCache:
 def attention(
     queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, dropout: float
 ) -> Tensor:
-    """Causal scaled dot-product attention, softmax(Q K^T / sqrt(W)) V.
+    """Scaled dot-product attention, softmax(Q K^T / sqrt(W) + mask) V.
 
     Vaswani et al. 2017, arXiv 1706.03762, equation 1; heads of queries share keys and values in
     groups of H / K (Ainslie et al. 2023, arXiv 2305.13245).
 
     Args:
         queries: [B, H, T, W].
-        keys: [B, K, S, W]; S is T, or T is 1 and the query is the last of S tokens.
+        keys: [B, K, S, W].
         values: Like `keys`.
-        mask: bool [B, 1, T, S], true where a query may look; None for plain causal attention.
+        mask: Broadcasts to [B, H, T, S]. bool, true where a query may look; or fp32, added to the
+            scores, minus infinity where it may not. Every query has a key to look at. None for
+            causal attention: S is T, or T is 1 and the query is the last of S tokens.
         dropout: Probability with which an attention weight is dropped.
 
     Returns:
         [B, H, T, W] in the dtype of `queries`.
     """
     dtype = queries.dtype
-    assert keys.size(2) == queries.size(2) or queries.size(2) == 1
+    assert mask is not None or queries.size(2) in (1, keys.size(2))
     with torch.autocast(queries.device.type, enabled=False):
         if queries.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
             # On CPU the half-precision kernel is the slower one: forward and backward of
             # [12, 4, 64, 32] took 7.6 ms in bf16 and 1.8 ms in fp32 on one AVX-512 core.
             queries, keys, values = queries.float(), keys.float(), values.float()
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(queries.dtype)
         return F.scaled_dot_product_attention(
             queries,
             keys.to(queries.dtype),
@@ -140,6 +104,37 @@ def attention(
             is_causal=mask is None and queries.size(2) > 1,
             enable_gqa=keys.size(1) != queries.size(1),
         ).to(dtype)
+
+
+class MLP(nn.Module):
+    """Feed-forward part of a block, gated where the activation is `geglu` or `swiglu`.
+
+    Args:
+        width: D, of input and output.
+        mlp_width: Of the hidden layer.
+        activation: `relu`, `relu2` (squared, arXiv 2109.08668), `gelu` (tanh form), or gated by
+            it or by SiLU: `geglu`, `swiglu` (arXiv 2002.05202).
+        bias: Whether the layers have biases.
+    """
+
+    def __init__(self, width: int, mlp_width: int, *, activation: Activation, bias: bool):
+        super().__init__()
+        self.activation = activation
+        self.up = nn.Linear(width, mlp_width, bias=bias)
+        if activation in ("geglu", "swiglu"):
+            self.gate = nn.Linear(width, mlp_width, bias=bias)
+        self.output = nn.Linear(mlp_width, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each token of `x` [B, T, D]."""
+        if self.activation == "swiglu":
+            return self.output(F.silu(self.gate(x)) * self.up(x))
+        if self.activation == "geglu":
+            return self.output(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
+        if self.activation == "gelu":
+            return self.output(F.gelu(self.up(x), approximate="tanh"))
+        activated = F.relu(self.up(x))
+        return self.output(activated.square() if self.activation == "relu2" else activated)
 
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
@@ -152,22 +147,28 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     *,
+    bias: Tensor | None = None,
     softcap: float | None,
     reduction: Reduction,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross entropy of `softcap(hidden @ weight.T)` without holding all logits when they are big.
+    """Cross entropy of `softcap(hidden @ weight.T + bias)`, with big logits never held all at once.
 
     Small logits are made at once. Big ones take torch's chunked `F.linear_cross_entropy` where
-    torch has it (2.13) and no soft cap is asked for, else `_ChunkedCrossEntropy`. Both compute the
-    gradients in the forward pass, chunk by chunk, each chunk's logits no larger than the larger of
-    `hidden` and `weight`. Under autocast the products run in its dtype; softmax and sum are fp32.
+    torch has it (2.13) and neither soft cap nor smoothing is asked for, else
+    `_ChunkedCrossEntropy`. Both compute the gradients in the forward pass, chunk by chunk, each
+    chunk's logits no larger than the larger of `hidden` and `weight`. Under autocast the products
+    run in its dtype; softmax and sum are fp32.
 
     Args:
         hidden: [..., D].
         weight: [V, D].
         targets: int64 [...], `IGNORED` where nothing is predicted.
+        bias: [V], or None.
         softcap: Bound of `soft_cap`, or None.
         reduction: `sum` over the predicted targets, or their `mean` (nan where there are none).
+        label_smoothing: Share of each target's probability that is spread evenly over the
+            vocabulary, itself included (Szegedy et al. 2015, arXiv 1512.00567, section 7).
 
     Returns:
         fp32 scalar, in nats.
@@ -177,75 +178,102 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if bias is not None:
+        bias = bias.to(hidden.dtype)
+    options: dict[str, Any] = dict(
+        ignore_index=IGNORED, reduction=reduction, label_smoothing=label_smoothing
+    )
     with torch.autocast(device, enabled=False):
         if 4 * hidden.size(0) * weight.size(0) <= PLAIN_LOGITS_BYTES:
-            logits = soft_cap(F.linear(hidden, weight).float(), softcap)
-            return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction=reduction)
+            logits = soft_cap(F.linear(hidden, weight, bias).float(), softcap)
+            return F.cross_entropy(logits, targets, **options)
         rows = max(hidden.numel(), weight.numel()) // weight.size(0)
         # On CPU torch's form computes half precision in fp32: 3.5 s against 1.8 s of ours for
         # 2,048 positions, width 384 and 32,768 tokens on one core; in fp32 it leads, 2.5 to 3.8.
         is_slow = device == "cpu" and hidden.dtype != torch.float32
-        if softcap is None and hasattr(nn, "LinearCrossEntropyOptions") and not is_slow:
-            options = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=rows)
+        has_torch_form = hasattr(nn, "LinearCrossEntropyOptions") and not label_smoothing
+        if softcap is None and has_torch_form and not is_slow:
+            chunks = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=rows)
             return F.linear_cross_entropy(
-                hidden, weight, targets, ignore_index=IGNORED, reduction=reduction, options=options
+                hidden, weight, targets, linear_bias=bias, options=chunks, **options
             ).float()
-        total = cast(Tensor, _ChunkedCrossEntropy.apply(hidden, weight, targets, softcap, rows))
+        total = cast(
+            Tensor,
+            _ChunkedCrossEntropy.apply(
+                hidden, weight, bias, targets, softcap, label_smoothing, rows
+            ),
+        )
         return total / (targets != IGNORED).sum() if reduction == "mean" else total
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross entropy, `rows` positions at a time.
 
-    The gradient of the loss is (softmax(z) - onehot) for logits z, times 1 - (z / cap)^2 through
-    the soft cap, and is folded into the gradients of `hidden` and `weight` while the chunk's
-    logits exist. `backward` only scales them, so no logits are kept or computed twice.
+    The gradient of the loss is softmax(z) - q for logits z and target distribution q, times
+    1 - (z / cap)^2 through the soft cap, and is folded into the gradients of `hidden`, `weight`
+    and `bias` while the chunk's logits exist. `backward` only scales them, so no logits are kept
+    or computed twice.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, rows: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        label_smoothing: float,
+        rows: int,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         grads = None
-        if any(ctx.needs_input_grad[:2]):
-            grads = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        if any(ctx.needs_input_grad[:3]):
+            grads = (
+                torch.empty_like(hidden),
+                torch.zeros_like(weight, dtype=torch.float32),
+                None if bias is None else torch.zeros_like(bias, dtype=torch.float32),
+            )
         for start in range(0, hidden.size(0), rows):
             chunk = slice(start, start + rows)
-            logits = soft_cap(F.linear(hidden[chunk], weight).float(), softcap)  # [rows, V]
+            logits = soft_cap(F.linear(hidden[chunk], weight, bias).float(), softcap)  # [rows, V]
             log_probabilities = logits.log_softmax(dim=-1)
-            total += F.nll_loss(
-                log_probabilities, targets[chunk], ignore_index=IGNORED, reduction="sum"
-            )
+            total += _smoothed_loss(log_probabilities, targets[chunk], label_smoothing)
             if grads is not None:
-                grad = _logit_gradient(log_probabilities, targets[chunk])
+                grad = _logit_gradient(log_probabilities, targets[chunk], label_smoothing)
                 if softcap is not None:
                     grad.mul_(1 - (logits / softcap).square_())
+                if grads[2] is not None:
+                    grads[2].add_(grad.sum(dim=0))
                 grad = grad.to(weight.dtype)
                 torch.mm(grad, weight, out=grads[0][chunk])
                 grads[1].add_(grad.mT @ hidden[chunk])
         if grads is not None:
-            ctx.save_for_backward(grads[0], grads[1].to(weight.dtype))
+            ctx.save_for_backward(*(None if g is None else g.to(weight.dtype) for g in grads))
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_outputs[0]
-        return (
-            grad_hidden * scale.to(grad_hidden.dtype),
-            grad_weight * scale.to(grad_weight.dtype),
-            None,
-            None,
-            None,
-        )
+        scaled = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
+        return *scaled, None, None, None, None
 
 
-def _logit_gradient(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    """Return softmax minus one-hot [rows, V], zero where ignored; overwrites its first argument."""
+def _smoothed_loss(log_probabilities: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Return the summed cross entropy of rows [rows, V], those with ignored targets left out."""
+    nats = F.nll_loss(log_probabilities, targets, ignore_index=IGNORED, reduction="sum")
+    if not label_smoothing:
+        return nats
+    evenly = -log_probabilities.mean(dim=-1).dot((targets != IGNORED).float())
+    return (1 - label_smoothing) * nats + label_smoothing * evenly
+
+
+def _logit_gradient(log_probabilities: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Return softmax minus target distribution [rows, V], 0 where ignored; overwrites its input."""
     predicted = targets != IGNORED
-    grad = log_probabilities.exp_().mul_(predicted.unsqueeze(1))
+    grad = log_probabilities.exp_().sub_(label_smoothing / log_probabilities.size(1))
+    grad.mul_(predicted.unsqueeze(1))
     grad[torch.arange(targets.size(0), device=targets.device), targets.clamp(min=0)] -= (
-        predicted.to(grad.dtype)
-    )
+        1 - label_smoothing
+    ) * predicted.to(grad.dtype)
     return grad

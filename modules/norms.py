@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPSILON = 1e-5
-"""Added to the mean square or variance; the value of GPT-2 and Llama 2."""
+"""Added to the mean square or variance, unless a family says otherwise; of GPT-2 and Llama 2."""
 
 
 class _RMSNormOnCPU(torch.autograd.Function):
@@ -18,29 +18,30 @@ class _RMSNormOnCPU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, epsilon: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.rsqrt(norm.square() / x.size(-1) + NORM_EPSILON)
+        scale = torch.rsqrt(norm.square() / x.size(-1) + epsilon)
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         y, scale = ctx.saved_tensors
         (grad,) = grad_outputs
-        return torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1).mul_(scale)
+        grad = torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1).mul_(scale)
+        return grad, None
 
 
-def rms_norm(x: Tensor) -> Tensor:
+def rms_norm(x: Tensor, epsilon: float = NORM_EPSILON) -> Tensor:
     """Normalise the last dimension to a root mean square of 1: x / sqrt(mean(x^2) + eps).
 
     Zhang and Sennrich 2019, arXiv 1910.07467, equation 4, without gain. Computed in fp32 whatever
     the dtype of `x`, which the result has.
     """
     if x.device.type == "cpu":
-        return cast(Tensor, _RMSNormOnCPU.apply(x.float())).to(x.dtype)
-    return F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPSILON).to(x.dtype)
+        return cast(Tensor, _RMSNormOnCPU.apply(x.float(), epsilon)).to(x.dtype)
+    return F.rms_norm(x.float(), x.shape[-1:], eps=epsilon).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -49,15 +50,17 @@ class RMSNorm(nn.Module):
     Args:
         width: Size of the last dimension.
         gain: Whether there is a gain; without it the layer has no parameters.
+        epsilon: As `rms_norm`.
     """
 
-    def __init__(self, width: int, *, gain: bool):
+    def __init__(self, width: int, *, gain: bool, epsilon: float = NORM_EPSILON):
         super().__init__()
+        self.epsilon = epsilon
         self.weight = nn.Parameter(torch.ones(width)) if gain else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` [..., D]."""
-        y = rms_norm(x)
+        y = rms_norm(x, self.epsilon)
         return y if self.weight is None else y * self.weight.to(x.dtype)
 
 
