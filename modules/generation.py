@@ -133,7 +133,9 @@ def generate(
     Raises:
         ValueError: The prompt is empty, or a setting is outside its range.
     """
-    _check(prompt, temperature, top_k, top_p)
+    if not prompt:
+        raise ValueError("prompt='' -> it has no tokens to continue -> give it at least one")
+    check_draws(temperature=temperature, top_k=top_k, top_p=top_p)
     generator = torch.Generator(device).manual_seed(seed)
     context = torch.tensor([list(prompt)] * num_sequences, device=device)  # [S, T]
     context = context[:, -network.sequence_length :]
@@ -156,9 +158,12 @@ def generate(
     return [_until(tokens, stop_token) for tokens in sequences]
 
 
-def _check(prompt: Sequence[int], temperature: float, top_k: int, top_p: float) -> None:
-    if not prompt:
-        raise ValueError("prompt='' -> it has no tokens to continue -> give it at least one")
+def check_draws(*, temperature: float, top_k: int, top_p: float) -> None:
+    """Check the settings of `sample`.
+
+    Raises:
+        ValueError: One is outside its range.
+    """
     if temperature < 0:
         raise ValueError(f"temperature={temperature} -> negative -> choose 0 (greedy) or above")
     if top_k < 0:
