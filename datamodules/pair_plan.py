@@ -201,7 +201,7 @@ class PairPlan:
                     f"of {lengths[longest, column]:,} tokens with its end token (pair {longest}) "
                     "-> raise it, or set datamodule.longer=drop or cut"
                 )
-        return is_longer.any(1)
+        return is_longer[:, 0] | is_longer[:, 1]
 
     def _kept(self, numbers: Int64Array) -> Int64Array:
         """Pairs by their number among those that are not dropped."""
