@@ -127,6 +127,7 @@ class TrainLoader:
             order,
             self._meter,
             micro_batch=micro_batch,
+            batch_samples=batch_samples,
             repeat_after=batch_samples if repeat_first_batch else None,
             rank=rank,
             world_size=world_size,

@@ -197,11 +197,16 @@ class StreamDataModule(LightningDataModule):
     def _evaluation(self, split: str, max_samples: int | None) -> EvaluationLoader:
         return EvaluationLoader(
             self.source(split),
-            micro_batch=self._micro_batch,
+            micro_batch=self.eval_micro_batch,
             max_samples=max_samples,
             rank=self.rank,
             world_size=self.world_size,
         )
+
+    @property
+    def eval_micro_batch(self) -> int:
+        """Samples per rank and forward in evaluation; those of training by default."""
+        return self._micro_batch
 
     @property
     def rank(self) -> int:

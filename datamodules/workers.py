@@ -4,9 +4,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.meter import Meter, Row
@@ -55,16 +57,32 @@ class SampleSource(Protocol):
         ...
 
 
+@runtime_checkable
+class CountsTargets(Protocol):
+    """What a `SampleSource` offers besides where the samples of a batch differ in their targets."""
+
+    def count_targets(
+        self, epochs: Int64Array, blocks: Int64Array, samples: Int64Array
+    ) -> Int64Array:
+        """Count the targets of samples, int64 [n], without reading them."""
+        ...
+
+
 class TrainBatches(IterableDataset):
     """Micro-batches `first` to `last` of a rank; worker w of K makes every K-th from `first + w`.
 
     `DataLoader` asks its workers in turn, which puts them back in order.
+
+    Batches of a source that `CountsTargets` carry `divisor`, fp32 []: the targets of the optimizer
+    step, over all ranks, by the number of its micro-batches. It follows from the order and the
+    source alone, so every rank finds it without asking the others.
 
     Args:
         source: the samples.
         order: where each position's sample is.
         meter: is told what is read; with a row for each worker.
         micro_batch: samples of a batch.
+        batch_samples: samples of an optimizer step, over all ranks.
         repeat_after: begin again with the first sample after so many; None never does.
         rank: takes each `world_size`-th position, from itself on.
         world_size: number of ranks.
@@ -81,11 +99,13 @@ class TrainBatches(IterableDataset):
         meter: Meter,
         *,
         micro_batch: int,
+        batch_samples: int,
         repeat_after: int | None,
         rank: int,
         world_size: int,
     ) -> None:
         self._source, self._order, self._meter = source, order, meter
+        self._batch_samples = batch_samples
         self._repeat_after, self._micro_batch = repeat_after, micro_batch
         self._rank, self._world_size = rank, world_size
         self.first = self.last = 0
@@ -94,25 +114,29 @@ class TrainBatches(IterableDataset):
         worker = get_worker_info()
         process, step = (worker.id, worker.num_workers) if worker else (0, 1)
         self._source.count_into(self._meter.row(process))
-        for places in self._places(self.first + process, step):
+        for places, divisors in self._places(self.first + process, step):
             addresses = self._source.plan(places.epochs, places.blocks, places.samples)
             addresses = addresses.reshape(-1, self._micro_batch, *addresses.shape[1:])
             padding = _count_padding(places, self._micro_batch)
-            for batch, num_padding in zip(self._source.batches(addresses), padding, strict=True):
+            batches = self._source.batches(addresses)
+            for number, (batch, num_padding) in enumerate(zip(batches, padding, strict=True)):
                 if num_padding:
                     self._source.pad(batch, self._micro_batch - num_padding)
+                if divisors is not None:
+                    batch["divisor"] = divisors[number]
                 yield batch
 
-    def _places(self, first: int, step: int) -> Iterator[Places]:
+    def _places(self, first: int, step: int) -> Iterator[tuple[Places, list[Tensor] | None]]:
         """Locate every `step`-th micro-batch from `first` on, several at a time, one time ahead."""
         planned = max(1, _PLANNED_SAMPLES // self._micro_batch) * step
         ahead = None
         for start in range(first, self.last, planned):
-            found = self._locate(np.arange(start, min(start + planned, self.last), step))
+            numbers = np.arange(start, min(start + planned, self.last), step)
+            found = self._locate(numbers)
             self._source.expect(found.blocks)
             if ahead is not None:
                 yield ahead
-            ahead = found
+            ahead = found, self._divisors(numbers)
         if ahead is not None:
             yield ahead
 
@@ -120,10 +144,27 @@ class TrainBatches(IterableDataset):
         # The A micro-batches of a step on one rank follow each other, so numbering the rank's
         # samples through and spreading them by the world size gives the position in the run.
         own = numbers[:, None] * self._micro_batch + np.arange(self._micro_batch)
-        positions = (own * self._world_size + self._rank).reshape(-1)
+        return self._locate_positions(own * self._world_size + self._rank)
+
+    def _locate_positions(self, positions: Int64Array) -> Places:
+        positions = positions.reshape(-1)
         if self._repeat_after is not None:
-            positions %= self._repeat_after
+            positions = positions % self._repeat_after
         return self._order.locate(positions)
+
+    def _divisors(self, numbers: Int64Array) -> list[Tensor] | None:
+        """Mean targets of a micro-batch in the steps that micro-batches, int64 [n], are part of."""
+        if not isinstance(self._source, CountsTargets):
+            return None
+        accumulation = self._batch_samples // (self._micro_batch * self._world_size)
+        steps, step_of = np.unique(numbers // accumulation, return_inverse=True)
+        of_step = np.arange(self._batch_samples)
+        places = self._locate_positions(steps[:, None] * self._batch_samples + of_step)
+        counts = self._source.count_targets(places.epochs, places.blocks, places.samples)
+        if places.is_padding is not None:
+            counts = np.where(places.is_padding, 0, counts)
+        means = counts.reshape(len(steps), -1).sum(1) / (accumulation * self._world_size)
+        return [torch.tensor(mean, dtype=torch.float32) for mean in means[step_of].tolist()]
 
 
 def _count_padding(places: Places, micro_batch: int) -> list[int]:
