@@ -4,6 +4,7 @@ Legend: B sources, K beams of a source, R rows of the network (B x K), T tokens,
 """
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -260,3 +261,22 @@ def _check(
             f"temperature={temperature} -> num_beams={num_beams} keeps the most likely targets and "
             "draws none -> set temperature=0, or num_beams=1"
         )
+
+
+def pad_sources(
+    sequences: Sequence[list[int]], padding: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Make sources of different lengths a batch.
+
+    Args:
+        sequences: Tokens of each, B times.
+        padding: Token behind the shorter ones.
+        device: Of the result.
+
+    Returns:
+        Tokens int64 [B, S], and which of them count, bool [B, S].
+    """
+    length = max(map(len, sequences))
+    rows = [[*tokens, *[padding] * (length - len(tokens))] for tokens in sequences]
+    mask = [[place < len(tokens) for place in range(length)] for tokens in sequences]
+    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)

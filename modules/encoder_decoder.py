@@ -3,7 +3,7 @@
 Legend: B batch, S source tokens, T target tokens, V vocabulary of targets.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 
 from datamodules.batch import IGNORED, PairBatch
-from modules import encoder_decoder_networks as transformer
-from modules import encoder_decoder_recurrent as recurrent
-from modules.decoding import decode
+from modules.decoding import decode, pad_sources
+from modules.encoder_decoder_kinds import choose_network
 from modules.generation import Tokenizer, merge_settings
 from modules.optim import Schedule, build_optimizer, build_schedule
 from modules.scores import Row, check_scores, gather_rows, score, texts_of
@@ -36,7 +35,7 @@ class EncoderDecoder(LightningModule):
 
     Args:
         preset: A name of `PRESETS` of `modules.encoder_decoder_presets` or of
-            `modules.encoder_decoder_recurrent`.
+            `modules.encoder_decoder_recurrent_presets`.
         network: Overrides of the preset, fields of its shape; None means as the preset has it.
         source_vocab: Tokens of the sources' vocabulary.
         target_vocab: V.
@@ -87,21 +86,27 @@ class EncoderDecoder(LightningModule):
     ):
         super().__init__()
         check_scores(scores["names"])
-        sizes = dict(
-            source_vocab=source_vocab, target_vocab=target_vocab,
-            source_length=source_length, target_length=target_length,
-        )  # fmt: skip
-        self._kind, build = _find_network(preset, network)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(
+                f"module.label_smoothing={label_smoothing} -> it is a share of the probability -> "
+                "choose 0 or more, and less than 1"
+            )
+        self._kind = choose_network(preset, network)
         # Without storage until it is known where: a strategy may give a rank its shards only.
         with torch.device("meta"):
-            self.network = build(**sizes)
+            self.network = self._kind.build(
+                source_vocab=source_vocab,
+                target_vocab=target_vocab,
+                source_length=source_length,
+                target_length=target_length,
+            )
         self._sizes = {name: p.shape for name, p in self.network.named_parameters()}
         self.source_length = source_length
         self.start_token, self.stop_token = start_token, stop_token
         self.source_end_token = source_end_token
         self.label_smoothing = label_smoothing
         self.teacher_forcing = TeacherForcing(
-            **teacher_forcing, is_recurrent=self._kind is recurrent, plan=plan, seed=seed
+            **teacher_forcing, is_recurrent=self._kind.is_recurrent, plan=plan, seed=seed
         )
         self.optimizer_settings = {k: v for k, v in optimizer.items() if k != "gradient_clip"}
         self.schedule = Schedule(plan, **schedule)  # here, so that a wrong one fails early
@@ -111,6 +116,7 @@ class EncoderDecoder(LightningModule):
         self.num_targets = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
         self.num_correct = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
         self._own_rows: list[Row] = []
+        self._is_scored = False
         self.rows: list[Row] = []
         """Source, target and prediction of all that the last evaluation generated."""
         self.signatures: dict[str, str] = {}
@@ -125,7 +131,7 @@ class EncoderDecoder(LightningModule):
     def initial_value(self, name: str) -> Tensor:
         """Initial value of the parameter that `named_parameters` calls `name`; fp32, on the CPU."""
         name = name.removeprefix("network.")
-        return self._kind.initial_value(self.network.shape, name, self._sizes[name], self.seed)
+        return self._kind.initial_value(name, self._sizes[name], self.seed)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -141,7 +147,7 @@ class EncoderDecoder(LightningModule):
         """Sort the parameters by what they are to an optimizer (`ParameterRoles`)."""
         roles = {"matrix": [], "embedding": [], "head": [], "other": []}
         for name, parameter in self.network.named_parameters():
-            roles[self._kind.role_of(self.network.shape, name, parameter.ndim)].append(parameter)
+            roles[self._kind.role_of(name, parameter.ndim)].append(parameter)
         return roles
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
@@ -195,7 +201,8 @@ class EncoderDecoder(LightningModule):
 
     def _num_generated(self, batch: PairBatch) -> float:
         """Samples to generate targets of, over all ranks; the same on each of them."""
-        if "texts" not in batch or not self.scores["names"]:
+        self._is_scored = "texts" in batch and bool(self.scores["names"])
+        if not self._is_scored:
             return self.scores["num_rows"]
         is_training = self.trainer.state.fn == "fit"
         max_samples = self.scores["max_samples"] if is_training else None
@@ -221,7 +228,7 @@ class EncoderDecoder(LightningModule):
         for metric in (self.nats, self.num_targets, self.num_correct):
             metric.reset()
         self.rows, self._own_rows = gather_rows(self._own_rows), []
-        if self.rows and self.scores["names"]:
+        if self._is_scored and self.rows:
             found, self.signatures = score(self.rows, self.scores["names"])
             # Of torch's default dtype on any device, where others are fp64.
             values |= {f"{split}/{name}": torch.tensor(value) for name, value in found.items()}
@@ -252,8 +259,6 @@ class EncoderDecoder(LightningModule):
         Raises:
             ValueError: A source is too long, or a setting is outside its range.
         """
-        was_training = self.network.training
-        self.network.eval()
         seed, num_sequences = settings.pop("seed"), settings.pop("num_sequences", 1)
         sources = [[*prompt, self.source_end_token] for prompt in prompts]
         longest = max(map(len, sources))
@@ -262,19 +267,17 @@ class EncoderDecoder(LightningModule):
                 f"prompt -> its {longest} tokens (with its end) are more than the "
                 f"{self.source_length} that the model was made for -> shorten it"
             )
-        found = []
+        was_training = self.network.training
+        self.network.eval()
+        repeated, drawn = [source for source in sources for _ in range(num_sequences)], []
         try:
-            for first in range(0, len(sources), _SOURCES_AT_ONCE):
-                part = sources[first : first + _SOURCES_AT_ONCE]
-                repeated = [source for source in part for _ in range(num_sequences)]
-                source, mask = _padded(repeated, self.source_end_token, self.device)
-                drawn = self._decode(source, mask, seed + first * num_sequences, settings)
-                found += [
-                    drawn[n : n + num_sequences] for n in range(0, len(drawn), num_sequences)
-                ]
+            for first in range(0, len(repeated), _SOURCES_AT_ONCE):
+                part = repeated[first : first + _SOURCES_AT_ONCE]
+                source, mask = pad_sources(part, self.source_end_token, self.device)
+                drawn += self._decode(source, mask, seed + first, settings)
         finally:
             self.network.train(was_training)
-        return found
+        return [drawn[n : n + num_sequences] for n in range(0, len(drawn), num_sequences)]
 
     def _decode(
         self, source: Tensor, mask: Tensor, seed: int, settings: Mapping[str, Any]
@@ -294,20 +297,7 @@ class EncoderDecoder(LightningModule):
 
     def preview(self, tokenizer: Tokenizer) -> list[dict[str, str]]:
         """Some of what the last validation generated: rows of source, target and prediction."""
-        names = ("source", "target", "prediction")
-        return [dict(zip(names, row, strict=True)) for row in self.rows[: self.scores["num_rows"]]]
-
-
-def _find_network(preset: str, overrides: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The module that has the preset's network, and what builds it from its sizes."""
-    raise NotImplementedError
-
-
-def _padded(
-    sequences: Sequence[list[int]], padding: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Tokens int64 [B, S] and which of them count, bool [B, S]."""
-    length = max(map(len, sequences))
-    rows = [[*tokens, *[padding] * (length - len(tokens))] for tokens in sequences]
-    mask = [[place < len(tokens) for place in range(length)] for tokens in sequences]
-    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+        return [
+            {"source": source, "target": target, "prediction": prediction}
+            for source, target, prediction in self.rows[: self.scores["num_rows"]]
+        ]

@@ -286,3 +286,16 @@ def initial_value(shape: EncoderDecoderShape, name: str, size: torch.Size, seed:
         bound = math.sqrt(3 / size[1])
         return value.uniform_(-bound, bound, generator=generator)
     return value.normal_(0.0, deviation, generator=generator)
+
+
+def role_of(shape: EncoderDecoderShape, name: str, num_dims: int) -> str:
+    """What the parameter `name` is to an optimizer: `matrix`, `embedding`, `head` or `other`.
+
+    Matrices of the blocks are `matrix`. A table that is the head as well is `head`, since its rate
+    must then suit the logits. Gains, biases, positions and biases of distances are `other`.
+    """
+    if "_blocks." in name and num_dims == 2:
+        return "matrix"
+    if name == "head.weight" or (name == "embedding.weight" and shape.tie_head):
+        return "head"
+    return "embedding" if name in ("embedding.weight", "source_embedding.weight") else "other"
