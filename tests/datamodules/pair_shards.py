@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, models
 
+from datamodules.batch import IGNORED, PairBatch
 from datamodules.facts import FACTS_FILE, TOKENIZER_FILE, PreparedData
 from datamodules.index import Index, digest_bytes, read_index, write_index
+from datamodules.pair_plan import PairPlan
+from datamodules.pair_rows import PairRows
+from datamodules.reader import RAISE, BadSamples
 from datamodules.write import ShardWriter
 
 START, END, TARGET_END = 0, 1, 2
@@ -57,6 +62,59 @@ def write_pairs(
     assert first == len(pairs)
     write_index(path, schema=SCHEMA, tokenizer=f"../{TOKENIZER_FILE}", shards=facts)
     return read_index(path)
+
+
+LONGEST, BUDGET = 40, 160
+PAIRS = draw_pairs(300, longest=LONGEST)
+SHARDS = [130, 1, 169]
+"""Pairs of each shard of a data set of them."""
+
+
+def make_rows(index: Index, bad_samples: BadSamples = RAISE, **settings: Any) -> PairRows:
+    defaults = {
+        "max_source_tokens": LONGEST,
+        "max_target_tokens": LONGEST,
+        "longer": "raise",
+        "group_tokens": None,
+        "seed": 3,
+    }
+    plan = PairPlan(index, **{**defaults, **settings})
+    tokens = {"start_token": START, "end_token": END, "target_end_token": TARGET_END}
+    return PairRows(index, plan, **tokens, bad_samples=bad_samples)
+
+
+def pairs_in(batch: PairBatch) -> list[Pair]:
+    """Pairs of a batch, held against everything that a batch promises; padding rows left out."""
+    source, mask, inputs, targets = (
+        batch[k] for k in ("source", "source_mask", "inputs", "targets")
+    )
+    assert source.dtype == inputs.dtype == targets.dtype == torch.int64
+    assert mask.dtype == torch.bool
+    assert mask.shape == source.shape
+    assert inputs.shape == targets.shape
+    found = []
+    for row in range(len(source)):
+        own = targets[row][targets[row] != IGNORED].tolist()
+        length = int(mask[row].sum())
+        assert mask[row, :length].all()
+        assert (inputs[row, 0]) == START
+        if not own:
+            continue
+        assert inputs[row, 1 : len(own)].tolist() == own[:-1]
+        assert (targets[row, len(own) :] == IGNORED).all()
+        assert own[-1] == TARGET_END
+        assert source[row, length - 1] == END
+        found.append((tuple(source[row, :length].tolist()), tuple(own)))
+    return found
+
+
+def groups_of(rows: PairRows, epoch: int) -> list[list[Pair]]:
+    """Pairs of every group of an epoch, in the order of the data set."""
+    sizes = rows.samples_per_block
+    blocks = np.repeat(np.arange(len(sizes)), sizes)
+    samples = np.concatenate([np.arange(size) for size in sizes])
+    addresses = rows.plan(np.full_like(blocks, epoch), blocks, samples)
+    return [pairs_in(batch) for batch in rows.batches(addresses[:, None])]
 
 
 def text_of(number: int) -> tuple[str, str]:

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from datamodules.batch import IGNORED
 from datamodules.corpora import Corpus
+from datamodules.denoising import DenoisingDataModule
 from datamodules.pairs import PairDataModule
 from tests.datamodules.pair_shards import PreparedPairs, draw_pairs, text_of
 
@@ -132,3 +135,14 @@ def test_what_is_no_corpus_of_pairs_is_refused(
         make_data(prepared, longer="keep")
     with pytest.raises(ValueError, match=r"datamodule.max_source_tokens=1 -> its end token"):
         make_data(prepared, max_source_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("pairs", PairDataModule), ("denoising", DenoisingDataModule)]
+)
+def test_configuration_builds_the_datamodule(
+    name: str, kind: type, compose: Callable[..., DictConfig]
+) -> None:
+    config = compose("train", [f"datamodule={name}"])
+    config.plan = {"batch_samples": 8, "micro_batch": 4, "max_samples": 80}
+    assert type(instantiate(config.datamodule, _convert_="all")) is kind
