@@ -190,6 +190,7 @@ def _sum_facts(prepared: Mapping[str, PreparedData]) -> dict[str, Any]:
     """Facts of a blend: sums over its sources, and the vocabulary they share."""
     every = [data.facts for data in prepared.values()]
     facts = {key: _widest(prepared).facts[key] for key in ("vocab_size", "end_token")}
+    facts["sentinels"] = _widest(prepared).facts.get("sentinels", [])
     for key in ("documents", "tokens", "bytes"):
         facts[key] = {
             split: sum(f[key][split] or 0 for f in every) or None for split in every[0][key]
