@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Form = Literal["NFC", "NFD", "NFKC", "NFKD"]
 _FORMS = ("NFC", "NFD", "NFKC", "NFKD")
@@ -62,6 +62,9 @@ class Cleaning:
         near_duplicates: remove a document that resembles an earlier one that stays.
     """
 
+    names: ClassVar[tuple[str, ...]] = STEPS
+    changes: ClassVar[tuple[str, ...]] = CHANGES
+
     normalize: Form | None = None
     scrub_emails: str | None = None
     min_characters: int | None = None
@@ -76,6 +79,11 @@ class Cleaning:
         """The steps that are on, as plain values in order."""
         values = asdict(self)
         return {step: values[step] for step in STEPS if self.has(step)}
+
+    @property
+    def described(self) -> str:
+        """The settings, as an error names them."""
+        return f"corpus.clean={self.settings}"
 
     def has(self, step: str) -> bool:
         """Tell whether a step is on."""

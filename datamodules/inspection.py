@@ -4,14 +4,17 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from datamodules.facts import FACTS_FILE, TARGET_TOKENIZER_FILE, TEXTS_FILE
 from datamodules.foreign import open_archive
-from datamodules.index import INDEX_FILE, Index, digest_file, is_remote, read_index
+from datamodules.index import INDEX_FILE, Index, Shard, digest_file, is_remote, read_index
 from datamodules.processes import run_tasks
 from datamodules.tar import StoredSample, read_samples
 from datamodules.tokenization import load_tokenizer
@@ -38,7 +41,7 @@ class FileTask:
 
 
 def inspect_data(path: str, num_processes: int | None) -> None:
-    """Hash the shards and tables of a data set, or of each split of a corpus, and print it.
+    """Hash the files of a data set, or of each split of a corpus, and print what is in them.
 
     Args:
         path: folder with an index, or with `train`, `val` or `test` of which each has one.
@@ -61,7 +64,10 @@ def inspect_data(path: str, num_processes: int | None) -> None:
         )
     _print_counts(list(indexes))
     for index in indexes:
-        _print_samples(index)
+        if (facts := _read_facts(index)).get("kind") == "pairs":
+            _print_pairs(index, facts["is_joint"])
+        else:
+            _print_samples(index)
 
 
 def print_data(path: Path) -> None:
@@ -113,6 +119,44 @@ def _print_samples(index: Index) -> None:
         Console().print("\n  ".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
+def _print_pairs(index: Index, is_joint: bool) -> None:
+    """Print the first pair of a split, the middle one and the last, where they are local."""
+    assert index.tokenizer is not None
+    path = index.path / index.tokenizer
+    tokenizers = [path, path if is_joint else path.with_name(TARGET_TOKENIZER_FILE)]
+    source, target = map(load_tokenizer, tokenizers)
+    num_pairs = len(index.documents) // 2
+    stops = np.cumsum([shard.num_documents for shard in index.shards])
+    for number in sorted({0, num_pairs // 2, num_pairs - 1}):
+        shard = index.shards[place := int(np.searchsorted(stops, 2 * number, side="right"))]
+        if is_remote(shard.url):
+            continue
+        before = index.documents[int(stops[place]) - shard.num_documents : 2 * number]
+        start, lengths = int(before.sum()), index.documents[2 * number : 2 * number + 2]
+        tokens = _read_tokens(shard)[start : start + int(lengths.sum())]
+        lines = [f"{index.path.resolve().name}, pair {number}"]
+        sides = zip(np.split(tokens, [int(lengths[0])]), (source, target), strict=True)
+        for name, (part, tokenizer) in zip(("source", "target"), sides, strict=True):
+            text = _shorten(repr(tokenizer.decode(part.tolist())))
+            lines.append(f"{name}, {len(part):,} tokens: {text}")
+        Console().print("\n  ".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _read_tokens(shard: Shard) -> NDArray[np.integer]:
+    """Read all tokens of a shard of text, in order."""
+    with open_archive(Path(shard.url)) as archive:
+        samples, _ = read_samples(archive, 0, len(archive))
+        places = [sample.members["tokens.npy"] for sample in samples]
+        files = [io.BytesIO(archive[offset : offset + size]) for offset, size in places]
+    return np.concatenate([np.load(file, allow_pickle=False) for file in files])
+
+
+def _read_facts(index: Index) -> dict[str, Any]:
+    """Facts of the corpus that a data set is a split of, if it is one."""
+    path = index.path.resolve().parent / FACTS_FILE
+    return json.loads(path.read_bytes()) if path.exists() else {}
+
+
 def _files(index: Index) -> list[FileTask]:
     shards = [
         FileTask(Path(shard.url), shard.digest, shard.num_bytes)
@@ -120,14 +164,16 @@ def _files(index: Index) -> list[FileTask]:
         if not is_remote(shard.url)
     ]
     tables = json.loads((index.path / INDEX_FILE).read_bytes())["tables"]
+    if texts := _read_facts(index).get("texts", {}).get(index.path.resolve().name):
+        tables[TEXTS_FILE] = texts
     return shards + [
-        FileTask(path := index.path / name, digest, path.stat().st_size)
+        FileTask(path := index.path / name, digest, path.stat().st_size if path.exists() else 0)
         for name, digest in tables.items()
     ]
 
 
 def _hash(task: FileTask) -> bool:
-    return digest_file(task.path) == task.digest
+    return task.path.exists() and digest_file(task.path) == task.digest
 
 
 def _describe(archive: memoryview, sample: StoredSample, tokenizer: Tokenizer | None) -> list[str]:
@@ -143,7 +189,9 @@ def _describe(archive: memoryview, sample: StoredSample, tokenizer: Tokenizer | 
             shown = f"{array.dtype}{list(array.shape)}"
             if extension == "tokens.npy" and tokenizer is not None:
                 shown = repr(tokenizer.decode(array[:_SHOWN_TOKENS].tolist()))
-        is_long = len(shown) > _SHOWN_CHARACTERS
-        shown = shown[:_SHOWN_CHARACTERS] + "..." * is_long
-        lines.append(f"{extension}, {size:,} bytes{': ' * bool(shown)}{shown}")
+        lines.append(f"{extension}, {size:,} bytes{': ' * bool(shown)}{_shorten(shown)}")
     return lines
+
+
+def _shorten(text: str) -> str:
+    return text[:_SHOWN_CHARACTERS] + "..." * (len(text) > _SHOWN_CHARACTERS)

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.facts import FACTS_FILE, TOKENIZER_FILE, PreparedData
+from datamodules.facts import (
+    FACTS_FILE,
+    TARGET_TOKENIZER_FILE,
+    TEXTS_FILE,
+    TOKENIZER_FILE,
+    PreparedData,
+)
 from datamodules.index import INDEX_FILE, ORIGIN_FILE, digest_bytes, write_atomically
 from datamodules.processes import exclusive
 from datamodules.remote import is_remote
@@ -34,7 +40,7 @@ class PreparedCorpus:
         """Find the corpus, and copy what is small from where it lies.
 
         Raises:
-            ValueError: there is none, or a table is not the one that its index was written with.
+            ValueError: there is none, or a file is not the one that it was written with.
         """
         source = _Remote(self.path, self.storage_options) if is_remote(self.path) else None
         if source is None:
@@ -59,19 +65,25 @@ class PreparedCorpus:
     def _copy(self, source: "_Remote", path: Path, facts: bytes) -> None:
         path.mkdir(exist_ok=True)
         write_atomically(path / TOKENIZER_FILE, source.read(TOKENIZER_FILE))
-        for split in json.loads(facts)["shards"]:
+        known = json.loads(facts)
+        if not known.get("is_joint", True):
+            write_atomically(path / TARGET_TOKENIZER_FILE, source.read(TARGET_TOKENIZER_FILE))
+        for split in known["shards"]:
             folder = path / split
             folder.mkdir(exist_ok=True)
             index = source.read(f"{split}/{INDEX_FILE}")
             write_atomically(folder / ORIGIN_FILE, f"{source.url}/{split}\n".encode())
-            for table, digest in json.loads(index)["tables"].items():
-                content = source.read(f"{split}/{table}")
+            files = json.loads(index)["tables"]
+            if texts := known.get("texts", {}).get(split):
+                files |= {TEXTS_FILE: texts}
+            for name, digest in files.items():
+                content = source.read(f"{split}/{name}")
                 if digest_bytes(content) != digest:
                     raise ValueError(
-                        f"corpus.path={self.path} -> {split}/{table} is not the table that the "
-                        "index was written with -> upload the corpus again"
+                        f"corpus.path={self.path} -> {split}/{name} is not the file that the "
+                        "corpus was written with -> upload the corpus again"
                     )
-                write_atomically(folder / table, content)
+                write_atomically(folder / name, content)
             write_atomically(folder / INDEX_FILE, index)
         # Last, since its presence says that the rest is complete.
         write_atomically(path / FACTS_FILE, facts)

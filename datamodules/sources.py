@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.index import digest_file, write_atomically
-from datamodules.lines import COMPRESSED, JSONL, read_lines, suffix_of
+from datamodules.lines import JSONL, suffix_of
+from datamodules.records import PARQUET, RECORDS, read_records
 
 STDLIB = "builtin:stdlib"
-
-PARQUET = ".parquet"
-RECORDS = (JSONL, *COMPRESSED, PARQUET)
-"""Endings of the files that hold many documents."""
 
 _STDLIB_EXCLUDED = {
     # Tests repeat themselves and each other; `encodings` holds near-identical tables, which would
@@ -149,10 +146,9 @@ def read_documents(piece: Piece, text_key: str) -> Iterator[str]:
         ValueError: the text is not UTF-8, a record has no text under `text_key`, or a compressed
             file is damaged; the message names the file and the place in it.
     """
-    if (suffix := suffix_of(piece.path)) in (JSONL, *COMPRESSED):
-        documents = _read_jsonl(piece, text_key)
-    elif suffix == PARQUET:
-        documents = _read_parquet(piece, text_key)
+    if suffix_of(piece.path) in RECORDS:
+        records = read_records(piece.path, piece.start, piece.stop, {"text_key": text_key})
+        documents = (text for (text,) in records)
     else:
         documents = _read_text(piece)
     return (document for document in documents if document)
@@ -231,54 +227,3 @@ def _read_text(piece: Piece) -> Iterator[str]:
             f"corpus.path: {piece.path} -> byte {piece.start + err.start} is not UTF-8 text -> "
             "convert the file, or leave its suffix out of corpus.suffixes"
         ) from err
-
-
-def _read_jsonl(piece: Piece, text_key: str) -> Iterator[str]:
-    for offset, line in read_lines(piece.path, piece.start, piece.stop):
-        if line.isspace():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as err:
-            raise ValueError(
-                f"corpus.path: {piece.path} -> the line at byte {offset} is not JSON ({err}) -> "
-                "correct the line"
-            ) from err
-        yield _text_of(record, text_key, f"{piece.path}, line at byte {offset}")
-
-
-def _read_parquet(piece: Piece, text_key: str) -> Iterator[str]:
-    from pyarrow import parquet
-
-    file = parquet.ParquetFile(piece.path)
-    if text_key not in file.schema_arrow.names:
-        raise _no_text(text_key, str(piece.path), file.schema_arrow.names)
-    for group in range(piece.start, piece.stop):
-        for record in file.read_row_group(group, columns=[text_key]).to_pylist():
-            yield _text_of(record, text_key, f"{piece.path}, row group {group}")
-
-
-def _text_of(record: object, text_key: str, place: str) -> str:
-    if not isinstance(record, dict) or text_key not in record:
-        raise _no_text(text_key, place, list(record) if isinstance(record, dict) else [])
-    text = record[text_key]
-    if not isinstance(text, str | None):
-        raise ValueError(
-            f"corpus.text_key={text_key} -> holds {type(text).__name__}, not text, in {place} -> "
-            "name the field with the text"
-        )
-    try:
-        (text or "").encode()
-    except UnicodeEncodeError as err:
-        raise ValueError(
-            f"corpus.text_key={text_key} -> character {err.start} is half of a surrogate pair, "
-            f"which UTF-8 cannot hold, in {place} -> correct the record"
-        ) from err
-    return text or ""
-
-
-def _no_text(text_key: str, place: str, available: list[str]) -> ValueError:
-    return ValueError(
-        f"corpus.text_key={text_key} -> there is no such field in {place} -> choose one of "
-        f"{', '.join(available) or 'the fields of a JSON object'}"
-    )

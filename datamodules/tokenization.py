@@ -3,26 +3,47 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-BYTE, CHAR, BPE = "byte", "char", "bpe"
+BYTE, CHAR, BPE, WORD = KINDS = ("byte", "char", "bpe", "word")
+
+UNKNOWN = "<|unknown|>"
+"""Token of the words that a `word` vocabulary lacks. It is no special token: decoding shows it."""
+
+_SENTINEL = "<extra_id_{}>"  # as in T5
+_ALL_WORDS = 2**32  # more than there are
 
 PART_CHARACTERS = 2**16
 """Longer documents are encoded in parts: the library's time and memory grow with the text."""
 
 
 def build_tokenizer(
-    kind: str, *, vocab_size: int | None, end_token: str | None, documents: Iterable[str]
+    kind: str,
+    *,
+    vocab_size: int | None,
+    end_token: str | None,
+    documents: Iterable[str],
+    start_token: str | None = None,
+    min_frequency: int | None = None,
+    lowercase: bool = False,
+    num_sentinels: int = 0,
 ) -> Tokenizer:
     """Build a tokenizer of one of our kinds, or read an existing one.
 
     Args:
         kind: `byte`: the 256 bytes; `char`: the characters of the documents; `bpe`: byte-level
             byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; over bytes as in Radford
-            et al. 2019, GPT-2) trained on the documents; else the path of a `tokenizer.json`.
-        vocab_size: tokens of a `bpe` vocabulary, the end token among them.
+            et al. 2019, GPT-2) trained on the documents; `word`: their words, which are runs of
+            letters, digits and `_`, and runs of anything else but white space, and `UNKNOWN`, which
+            is token 0; else the path of a `tokenizer.json`.
+        vocab_size: tokens of a `bpe` or `word` vocabulary, end and start token among them, but not
+            the sentinels; None takes every word.
         end_token: token that ends a document, added where the vocabulary lacks it; None for none.
         documents: the text to learn from.
+        start_token: token that a decoder begins with, added likewise.
+        min_frequency: how often a word, or a pair of tokens to be merged, must occur.
+        lowercase: lower-case a text before it is encoded.
+        num_sentinels: tokens `<extra_id_0>`, ... to be there, added likewise, the last ones.
 
     Returns:
         The tokenizer; encoding treats special tokens in a text as text.
@@ -30,6 +51,9 @@ def build_tokenizer(
     Raises:
         ValueError: `kind` is none of these, or the size of the vocabulary is impossible.
     """
+    special = list(dict.fromkeys(token for token in (end_token, start_token) if token is not None))
+    if lowercase:
+        documents = map(lower_case, documents)
     if kind == BYTE:
         tokenizer = _byte_level(models.BPE({c: b for b, c in enumerate(byte_characters())}, []))
     elif kind == CHAR:
@@ -41,13 +65,47 @@ def build_tokenizer(
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         tokenizer.decoder = decoders.Fuse()
     elif kind == BPE:
-        tokenizer = _train_bpe(vocab_size, end_token, documents)
+        tokenizer = _train_bpe(vocab_size, min_frequency, special, documents)
+    elif kind == WORD:
+        tokenizer = _train_words(vocab_size, min_frequency, special, documents)
     else:
         tokenizer = _read(kind)
-    if end_token is not None:
-        tokenizer.add_special_tokens([end_token])
+    if lowercase:
+        own = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+    sentinels = [_SENTINEL.format(number) for number in range(num_sentinels)]
+    tokenizer.add_special_tokens([*special, *sentinels])
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def check_sentinels(num_sentinels: int) -> None:
+    """Refuse a number of sentinels that is none.
+
+    Raises:
+        ValueError: it is negative or no integer.
+    """
+    if not isinstance(num_sentinels, int) or isinstance(num_sentinels, bool) or num_sentinels < 0:
+        raise ValueError(
+            f"corpus.num_sentinels={num_sentinels} -> no number of tokens -> give 0 for none, or "
+            "as many as a row can have corrupted spans"
+        )
+
+
+def find_sentinels(tokenizer: Tokenizer) -> list[int]:
+    """List the numbers of the tokens `<extra_id_0>`, `<extra_id_1>`, ... that a vocabulary has."""
+    numbers: list[int] = []
+    while (number := tokenizer.token_to_id(_SENTINEL.format(len(numbers)))) is not None:
+        numbers.append(number)
+    return numbers
+
+
+def lower_case(text: str) -> str:
+    """Lower-case a text character by character, as a tokenizer built with `lowercase` does.
+
+    Python's own table is that of another version of Unicode, so that some letters would differ.
+    """
+    return text.lower() if text.isascii() else normalizers.Lowercase().normalize_str(text)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -62,7 +120,7 @@ def encode_parts(tokenizer: Tokenizer, text: str) -> Iterable[list[int]]:
 
     A part ends after a newline between two visible characters, where no token of the tokenizers
     that are built here crosses, so splitting changes nothing for them. Text without such a place
-    is cut at the limit.
+    is cut at the limit; `word` then makes two words of one that the limit divides.
 
     Raises:
         ValueError: the vocabulary lacks something that is in the text.
@@ -75,7 +133,7 @@ def encode_parts(tokenizer: Tokenizer, text: str) -> Iterable[list[int]]:
         except Exception as err:  # the library raises nothing more precise
             raise ValueError(
                 f"corpus.tokenizer -> it has no tokens for some of {text[start : start + 40]!r}... "
-                f"({err}) -> use byte or bpe, which have tokens for every text"
+                f"({err}) -> use byte, bpe or word, which have tokens for every text"
             ) from err
         yield part.ids
         start = stop
@@ -100,17 +158,20 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def _train_bpe(
-    vocab_size: int | None, end_token: str | None, documents: Iterable[str]
+    vocab_size: int | None,
+    min_frequency: int | None,
+    special: list[str],
+    documents: Iterable[str],
 ) -> Tokenizer:
-    special = [end_token] if end_token is not None else []
     if vocab_size is None or vocab_size < 256 + len(special):
         raise ValueError(
             f"corpus.vocab_size={vocab_size} -> a bpe vocabulary begins with 256 bytes and "
-            f"{len(special)} end token -> set at least {256 + len(special)}"
+            f"{len(special)} special tokens -> set at least {256 + len(special)}"
         )
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
+        min_frequency=min_frequency or 0,
         special_tokens=special,
         initial_alphabet=byte_characters(),
         show_progress=False,
@@ -119,11 +180,38 @@ def _train_bpe(
     return tokenizer
 
 
+def _train_words(
+    vocab_size: int | None,
+    min_frequency: int | None,
+    special: list[str],
+    documents: Iterable[str],
+) -> Tokenizer:
+    first = [UNKNOWN, *special]
+    if vocab_size is not None and vocab_size <= len(first):
+        raise ValueError(
+            f"corpus.vocab_size={vocab_size} -> a word vocabulary begins with {', '.join(first)} "
+            f"-> set at least {len(first) + 1}, or null for every word"
+        )
+    counter = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    counter.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size or _ALL_WORDS,
+        min_frequency=min_frequency or 0,
+        special_tokens=first,
+        show_progress=False,
+    )
+    counter.train_from_iterator(documents, trainer)
+    # Anew: what trained it holds the unknown token for a special one, which decoding leaves out.
+    tokenizer = Tokenizer(models.WordLevel(counter.get_vocab(), UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer  # without a decoder, words are joined by spaces
+
+
 def _read(path: str) -> Tokenizer:
     if not Path(path).is_file():
         raise ValueError(
-            f"corpus.tokenizer={path} -> neither {BYTE}, {CHAR}, {BPE} nor a file -> choose one "
-            "of the three or give the path of a tokenizer.json"
+            f"corpus.tokenizer={path} -> neither {', '.join(KINDS)} nor a file -> choose one "
+            "of the four or give the path of a tokenizer.json"
         )
     try:
         tokenizer = Tokenizer.from_file(path)

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 
 from datamodules.index import Shard, ShardFacts, digest_file, write_atomically
 from datamodules.processes import run_tasks
-from datamodules.selection import Unit
+from datamodules.selection import Document, Unit
 from datamodules.tokenization import encode_parts, load_tokenizer
 from datamodules.write import ShardWriter
 
@@ -21,7 +22,7 @@ SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
-class UnitTask:
+class UnitTask(Generic[Document]):
     """A unit of work: some text, and how it becomes at most one shard per split.
 
     Attributes:
@@ -35,7 +36,7 @@ class UnitTask:
         dtype: of the stored tokens.
     """
 
-    unit: Unit
+    unit: Unit[Document]
     folder: Path
     tokenizer: Path
     end_token: int | None
@@ -69,15 +70,33 @@ class MergedSplit:
 
 
 @dataclass
-class _SplitText:
-    """Tokens of one split while a unit is read."""
+class SplitText:
+    """Tokens of one split while a unit is read.
+
+    Attributes:
+        parts: tokens, in order.
+        ends: place of each end token.
+        num_tokens: sum over the parts.
+        num_bytes: of the text that they stand for.
+    """
 
     parts: list[NDArray] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     num_tokens: int = 0
     num_bytes: int = 0
 
-    def append(self, tokens: list[int], dtype: str) -> None:
+    def append(
+        self, document: str, tokenizer: Tokenizer, end_token: int | None, dtype: str
+    ) -> None:
+        """Encode a document, and put its tokens and the end token behind what is there."""
+        for tokens in encode_parts(tokenizer, document):
+            self._append_tokens(tokens, dtype)
+        if end_token is not None:
+            self._append_tokens([end_token], dtype)
+            self.ends.append(self.num_tokens - 1)
+        self.num_bytes += len(document.encode())
+
+    def _append_tokens(self, tokens: list[int], dtype: str) -> None:
         self.parts.append(np.array(tokens, dtype))
         self.num_tokens += len(tokens)
 
@@ -105,27 +124,26 @@ def split_of(document: str, fractions: dict[str, float], seed: int) -> str:
     return "train"
 
 
-def encode_units(tasks: list[UnitTask], num_processes: int | None, title: str) -> None:
+def encode_units(tasks: list[UnitTask[str]], num_processes: int | None, title: str) -> None:
     """Encode the units that are not finished yet, in parallel, under a progress bar.
 
     The result does not depend on the number of processes, nor on how often it was interrupted.
     """
-    run_tasks(encode_unit, tasks, num_processes, title, done=_is_finished)
+    run_tasks(encode_unit, tasks, num_processes, title, done=is_finished)
 
 
-def encode_unit(task: UnitTask) -> None:
+def encode_unit(task: UnitTask[str]) -> None:
     """Read, encode and write one unit, then its facts."""
     tokenizer = load_tokenizer(task.tokenizer)
-    texts: dict[str, _SplitText] = {}
+    texts: dict[str, SplitText] = {}
     for piece, document in task.unit.documents():
         split = piece.split or split_of(document, task.fractions, task.seed)
-        _append_document(texts.setdefault(split, _SplitText()), document, tokenizer, task)
-    facts = {split: _write_shard(split, text, task) for split, text in texts.items()}
-    task.facts.parent.mkdir(exist_ok=True)
-    write_atomically(task.facts, json.dumps(facts).encode())
+        text = texts.setdefault(split, SplitText())
+        text.append(document, tokenizer, task.end_token, task.dtype)
+    write_facts(task, {split: write_shard(split, text, task) for split, text in texts.items()})
 
 
-def merge_units(tasks: list[UnitTask]) -> dict[str, MergedSplit]:
+def merge_units(tasks: Sequence[UnitTask[Any]]) -> dict[str, MergedSplit]:
     """Put the shards of all units together, in the order of the units; splits without text lack."""
     units = [json.loads(task.facts.read_bytes()) for task in tasks]
     merged = {}
@@ -148,7 +166,7 @@ def merge_units(tasks: list[UnitTask]) -> dict[str, MergedSplit]:
     return merged
 
 
-def _is_finished(task: UnitTask) -> bool:
+def is_finished(task: UnitTask[Any]) -> bool:
     """Tell whether an earlier preparation left this unit complete, by the bytes of its shards."""
     if not task.facts.exists():
         return False
@@ -160,16 +178,18 @@ def _is_finished(task: UnitTask) -> bool:
     return True
 
 
-def _append_document(text: _SplitText, document: str, tokenizer: Tokenizer, task: UnitTask) -> None:
-    for tokens in encode_parts(tokenizer, document):
-        text.append(tokens, task.dtype)
-    if task.end_token is not None:
-        text.append([task.end_token], task.dtype)
-        text.ends.append(text.num_tokens - 1)
-    text.num_bytes += len(document.encode())
+def write_facts(task: UnitTask[Any], facts: dict[str, Any]) -> None:
+    """Write what the shards of a unit hold; that it is there says that they are complete."""
+    task.facts.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(task.facts, json.dumps(facts).encode())
 
 
-def _write_shard(split: str, text: _SplitText, task: UnitTask) -> dict[str, Any]:
+def write_shard(split: str, text: SplitText, task: UnitTask[Any]) -> dict[str, Any]:
+    """Write the shard of one split of a unit.
+
+    Returns:
+        `facts`, those of the shard for the index, and `text`, counts that are summed over units.
+    """
     folder = task.folder / split
     folder.mkdir(exist_ok=True)
     tokens, ends = np.concatenate(text.parts), np.array(text.ends, np.int64)

@@ -106,8 +106,8 @@ def refuse_other_data(config: DictConfig) -> None:
     if digest != config.data.digest:
         raise ValueError(
             f"run={config.run.name} -> its corpus has changed (data {digest}, trained on "
-            f"{config.data.digest}) -> restore {config.corpus.get('path')}, or run this from the "
-            f"folder it was trained in"
+            f"{config.data.digest}) -> restore {config.corpus.get('path') or 'its files'}, "
+            f"or run this from the folder it was trained in"
         )
 
 

@@ -12,7 +12,9 @@ FREE_KEYS = (
     "datamodule.on_bad_sample", "datamodule.max_bad_samples", "datamodule.cache",
     "logger", "runs_dir", "data_dir",
     "corpus.path", "corpus.sources.*.path", "corpus.num_processes", "corpus.storage_options",
+    "corpus.train", "corpus.val", "corpus.test",  # paths, of pairs
     "data.path", "data.settings", "data.sources.*.path",
+    "corpus.num_sentinels", "data.sentinels",  # younger than some runs; data.digest covers them
     "checkpoint", "checkpoints", "resume", "plan",
 )  # fmt: skip
 LENGTH_KEYS = ("max_tokens", "max_samples", "max_steps")

@@ -96,6 +96,20 @@ def test_documents_survive_preparation(
         assert len(tokens) > max(tokens) < prepared.facts["vocab_size"]
 
 
+def test_sentinels_are_facts_and_only_their_number_changes_the_digest(
+    make_corpus: Callable[..., Corpus], jsonl: Path, tmp_path: Path
+) -> None:
+    plain = make_corpus(jsonl).prepare(tmp_path)
+    assert plain.facts["sentinels"] == []
+    assert make_corpus(jsonl, num_sentinels=0).prepare(tmp_path) == plain
+    assert "num_sentinels" not in plain.facts["settings"]
+    some = make_corpus(jsonl, num_sentinels=4).prepare(tmp_path)
+    assert some.path != plain.path
+    assert some.facts["sentinels"] == [257, 258, 259, 260]
+    assert some.facts["vocab_size"] == 261
+    assert read_documents(some) == read_documents(plain)
+
+
 def test_one_text_is_cut_contiguously_and_has_no_end_token(
     make_corpus: Callable[..., Corpus],
     text_file: Path,

@@ -1,4 +1,7 @@
 import random
+import re
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,9 @@ from datamodules.tokenization import (
     build_tokenizer,
     byte_characters,
     encode_parts,
+    find_sentinels,
     load_tokenizer,
+    lower_case,
 )
 
 END = "<|endoftext|>"
@@ -85,3 +90,74 @@ def test_text_that_a_vocabulary_lacks_is_refused() -> None:
     assert list(encode_parts(tokenizer, "cab")) == [[2, 0, 1]]
     with pytest.raises(ValueError, match=r"corpus.tokenizer -> it has no tokens for some of 'abc"):
         list(encode_parts(tokenizer, "abcd"))
+
+
+def split_words(text: str) -> list[str]:
+    """Runs of word characters, and runs of anything else but white space."""
+    return re.findall(r"\w+|[^\w\s]+", text)
+
+
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_word_vocabulary_is_that_of_a_counter(lowercase: bool, documents: list[str]) -> None:
+    texts = [*documents, "Ein Mann, der (laut) singt.", "ein  Mann"]
+    settings = {"end_token": END, "lowercase": lowercase, "documents": texts}
+    tokenizer = build_tokenizer("word", vocab_size=None, min_frequency=2, **settings)
+    lower = [text.lower() if lowercase else text for text in texts]
+    counts = Counter(word for text in lower for word in split_words(text))
+    words = sorted((w for w in counts if counts[w] >= 2), key=lambda w: (-counts[w], w))
+    assert len(words) < len(counts)
+    numbers = tokenizer.get_vocab()
+    assert sorted(numbers, key=lambda word: numbers[word]) == ["<|unknown|>", END, *words]
+    capped = build_tokenizer("word", vocab_size=5, **settings)
+    assert set(capped.get_vocab()) == {"<|unknown|>", END, *words[:3]}
+    text = "ein MANN, <|endoftext|> <|unknown|> der"
+    expected = split_words(text.lower() if lowercase else text)
+    known = [word if counts[word] >= 2 else "<|unknown|>" for word in expected]
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.decode(ids) == " ".join(known)
+    assert numbers[END] not in ids
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe", "word"])
+def test_tokenizer_lower_cases_as_the_text_was(kind: str, tmp_path: Path) -> None:
+    text = "Ä\u0130 ΣΑΣ \u1c89Ⅷ AB"  # U+1C89: a capital since Unicode 16
+    size = 300 if kind == "bpe" else None
+    built = build_tokenizer(kind, vocab_size=size, end_token=END, documents=[text], lowercase=True)
+    built.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.encode(text).ids == tokenizer.encode(lower_case(text)).ids
+    assert tokenizer.decode(tokenizer.encode(text).ids) == lower_case(text)
+    characters = [c for c in map(chr, range(0x3000)) if unicodedata.category(c) != "Cn"]
+    assert [lower_case(c) for c in characters] == [c.lower() for c in characters]
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe", "word"])
+def test_sentinels_are_the_last_tokens(kind: str, documents: list[str]) -> None:
+    size = 400 if kind in ("bpe", "word") else None
+    spelled = "<extra_id_0> <extra_id_1>x"
+    settings = {"vocab_size": size, "end_token": END, "documents": [*documents, spelled]}
+    plain = build_tokenizer(kind, **settings)
+    tokenizer = build_tokenizer(kind, num_sentinels=3, start_token="<s>", **settings)
+    numbers = find_sentinels(tokenizer)
+    size = tokenizer.get_vocab_size()
+    assert numbers == [size - 3, size - 2, size - 1]
+    assert find_sentinels(plain) == []
+    assert tokenizer.token_to_id("<s>") not in (None, tokenizer.token_to_id(END))
+    assert not set(numbers) & set(tokenizer.encode(spelled).ids)
+
+
+def test_existing_special_tokens_are_taken_and_not_added(tmp_path: Path) -> None:
+    existing = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "a": 2, "<unk>": 3}, "<unk>"))
+    existing.add_special_tokens(["<extra_id_1>", "<extra_id_0>"])  # the order of T5
+    existing.save(str(tmp_path / "tokenizer.json"))
+    settings = {"vocab_size": None, "documents": [], "end_token": "</s>", "start_token": "<pad>"}
+    known = build_tokenizer(str(tmp_path / "tokenizer.json"), num_sentinels=1, **settings)
+    assert known.get_vocab() == existing.get_vocab()
+    assert find_sentinels(known) == [5, 4]
+    more = build_tokenizer(str(tmp_path / "tokenizer.json"), num_sentinels=3, **settings)
+    assert find_sentinels(more) == [5, 4, 6]
+
+
+def test_vocabulary_too_small_for_its_special_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"corpus.vocab_size=2 -> .* set at least 3"):
+        build_tokenizer("word", vocab_size=2, end_token=END, documents=["a"])
