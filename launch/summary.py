@@ -57,7 +57,7 @@ def print_summary(run: RunDirectory) -> None:
         lines[f"{unit}/s"] = f"{speed:,.0f}"
     lines |= {title: summary[key] for title, key in PATHS.items() if summary[key] is not None}
     for title, value in lines.items():
-        console.print(f"[bold]{title:18}[/bold]", end="")
+        console.print(f"[bold]{title:20}[/bold]", end="")
         console.print(value, markup=False, highlight=False, soft_wrap=True)
 
 
