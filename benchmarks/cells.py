@@ -105,7 +105,7 @@ def configure(cell: Cell, folder: Path, ranks: int, accelerator: str) -> DictCon
         "trainer.guard.nonfinite": cell.guard,
         "micro_batch": cell.micro,
         "module.optimizer.name": cell.optimizer,
-        "module.optimizer.lr": 0.02 if cell.optimizer == "muon" else 0.1,
+        "module.optimizer.lr": 0.1 if cell.optimizer in ("sgd", "adamw") else 0.02,
     }
     for key, value in settings.items():
         OmegaConf.update(config, key, value)

@@ -17,6 +17,9 @@ FREE_KEYS = (
     "corpus.num_sentinels", "data.sentinels",  # younger than some runs; data.digest covers them
     "checkpoint", "checkpoints", "resume", "plan",
 )  # fmt: skip
+# Keys that runs begun before there were such did not have. Whatever they say now, those runs were
+# not made of it: what reads them, an optimizer say, has come with them.
+ADDED_KEYS = ("module.optimizer.adamw_rms", "module.optimizer.adafactor")
 LENGTH_KEYS = ("max_tokens", "max_samples", "max_steps")
 
 
@@ -40,12 +43,16 @@ def refuse_changes(old: DictConfig, new: DictConfig, run: str) -> None:
 
 
 def changed_keys(old: DictConfig, new: DictConfig) -> dict[str, str]:
-    """Keys whose written values differ, interpolations compared as written, each with a line."""
+    """Keys whose written values differ, interpolations compared as written, each with a line.
+
+    One of `ADDED_KEYS` that was not there has not changed.
+    """
     before, after = _flatten(old), _flatten(new)
     return {
         key: f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
+        and not (key not in before and _is_within(key, ADDED_KEYS))
     }
 
 

@@ -4,18 +4,16 @@ Muon works on whole matrices. Where ranks hold stretches of them, everything ele
 the stretches, and each matrix is put together on one rank for its Newton-Schulz iteration alone.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
-from modules.newton_schulz import Held, Layout, deal, held_by_dtensor, orthogonalise_stretches
+from modules.newton_schulz import deal, orthogonalise_stretches
+from modules.stretches import Stretch, StretchOptimizer, local
 
 ParameterRoles = Mapping[str, Sequence[Parameter]]
 """Parameters by what they are to an optimizer.
@@ -25,16 +23,7 @@ ParameterRoles = Mapping[str, Sequence[Parameter]]
 """
 
 
-class _Stretch(NamedTuple):
-    """This rank's stretch of a matrix: views of [elements], or of the whole matrix."""
-
-    layout: Layout
-    parameter: Tensor
-    gradient: Tensor
-    buffer: Tensor
-
-
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW(StretchOptimizer):
     """Muon for the matrices of hidden layers and AdamW for the rest, as one optimizer.
 
     Muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. The steps are those of
@@ -43,12 +32,8 @@ class MuonAdamW(torch.optim.Optimizer):
     Newton-Schulz iteration as one batch: eight of [128, 128] in 4.6 ms instead of 8.8 on one
     core. One optimizer means one schedule, one state dict of plain tensors, and one count of steps.
 
-    Matrices may be sharded: by FSDP2, as DTensors cut by rows, or by whoever tells by `lay_out`
-    where they lie in a flat tensor. Each matrix then goes to one of its ranks in bf16, is
-    orthogonalised there as on one rank, and its stretches go back. State stays in shards.
-
-    Like fused optimizers it leaves parameters and state as they are where `found_inf` is 1, without
-    waiting for the device, and whatever the gradients are.
+    Matrices that are sharded go to one of their ranks in bf16 each, are orthogonalised there as on
+    one rank, and their stretches go back.
 
     Args:
         roles: Parameters by role.
@@ -63,8 +48,7 @@ class MuonAdamW(torch.optim.Optimizer):
             rows; the update would be wrong without a sign.
     """
 
-    found_inf: Tensor | None = None
-    """0 or 1, one element: whether not to step; set around `step`, as for fused optimizers."""
+    name = "muon"
 
     def __init__(
         self,
@@ -85,39 +69,11 @@ class MuonAdamW(torch.optim.Optimizer):
             for role, parameters in roles.items()
             if parameters
         ]
-        self._layouts: dict[Tensor, Held] = {}
-        super().__init__(groups, {})
+        super().__init__(groups)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state of another; what it was told about flat tensors does not come along."""
-        super().__setstate__(state)
-        self.__dict__.setdefault("_layouts", {})
-
-    def lay_out(
-        self,
-        flat: Tensor,
-        matrices: Iterable[Mapping[str, Any]],
-        *,
-        group: dist.ProcessGroup,
-        device: torch.device,
-    ) -> None:
-        """Tell which stretches of which matrices a flat tensor holds.
-
-        Args:
-            flat: A tensor that the optimizer will step on, [elements].
-            matrices: Fields of their `Layout`; the same on every rank but for `offset`.
-            group: Ranks that share the matrices.
-            device: Of a kind that the group exchanges; `flat` may be on another.
-        """
-        layouts = [Layout(**matrix) for matrix in matrices]
-        for layout in layouts:
-            ends = [0, *(end for start, stop in layout.stretches for end in (start, stop))]
-            ends.append(layout.shape[0] * layout.shape[1])
-            rank = dist.get_rank(group)
-            assert ends == sorted(ends), f"stretches {layout.stretches} of {layout.shape} overlap"
-            assert sum(layout.numel(r) for r in range(len(layout.stretches))) == ends[-1]
-            assert layout.offset + layout.numel(rank) <= flat.numel()
-        self._layouts[flat] = Held(layouts, group, device)
+    def needs_whole(self, group: Mapping[str, Any]) -> bool:
+        """The matrices; AdamW works on the elements of a flat tensor."""
+        return group["kind"] == "muon"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose matrices must be 2-D; the parent's constructor comes through here."""
@@ -128,70 +84,28 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if group["kind"] == "muon":
-                    self._held(parameter)
+                    self.held(parameter, is_matrix=True)
 
-    def _held(self, parameter: Tensor) -> Held:
-        if parameter in self._layouts:
-            return self._layouts[parameter]
-        if parameter.ndim != 2:
-            raise ValueError(
-                "module.optimizer.name=muon -> it works on whole matrices, and a "
-                f"parameter of shape {tuple(parameter.shape)} is none (a strategy that "
-                "flattens shards makes such, and did not lay them out) -> choose another strategy, "
-                "or module.optimizer.name=adamw"
-            )
-        if isinstance(parameter, DTensor):
-            self._layouts[parameter] = held_by_dtensor(parameter)
-            return self._layouts[parameter]
-        shape = parameter.shape[0], parameter.shape[1]
-        whole = Layout(shape, ((0, parameter.numel()),))
-        return Held([whole], None, parameter.device)
-
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; returns the closure's value.
-
-        Collective where matrices are sharded.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        # Sharded engines may swap the parameters after construction.
+        """As its parent; sharded engines may have swapped the parameters since construction."""
         self._check_matrices()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if group["kind"] == "muon":
-                self._step_muon(group, parameters)
-            elif parameters:
-                self._step_adamw(group, parameters)
-        return loss
+        return super().step(closure)
 
-    def _found_inf_on(self, device: torch.device) -> Tensor | None:
-        return None if self.found_inf is None else self.found_inf.reshape(()).to(device)
-
-    def _step_muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        by_peers: dict[Any, list[_Stretch]] = defaultdict(list)
-        for parameter in parameters:
-            matrices, peers, device = self._held(parameter)
-            tensors = self._accumulate(group, parameter)
-            for layout in matrices:
-                views = tensors
-                if peers is not None:
-                    numel = layout.numel(dist.get_rank(peers))
-                    views = [t.view(-1).narrow(0, layout.offset, numel) for t in tensors]
-                by_peers[peers, device].append(_Stretch(layout, *views))
-        for (peers, device), stretches in by_peers.items():
-            rank = 0 if peers is None else dist.get_rank(peers)
+    def step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Update matrices by Muon or everything else by AdamW."""
+        if group["kind"] == "adamw":
+            self._step_adamw(group, parameters)
+            return
+        tensors = {parameter: self._accumulate(group, parameter) for parameter in parameters}
+        for held, stretches in self.by_group(tensors, is_matrix=True):
             layouts = [stretch.layout for stretch in stretches]
-            for batch, owners in deal(layouts, rank):
-                updates = [
-                    stretches[i].gradient.lerp(stretches[i].buffer, group["momentum"])
-                    for i in batch
-                ]
-                updates = [update.to(device, torch.bfloat16) for update in updates]
+            for batch, owners in deal(layouts, held.rank):
+                updates = []
+                for _, gradient, buffer in (stretches[i].views for i in batch):
+                    update = gradient.lerp(buffer, group["momentum"])
+                    updates.append(update.to(held.device, torch.bfloat16))
                 results = orthogonalise_stretches(
-                    updates, [layouts[i] for i in batch], owners, peers
+                    updates, [layouts[i] for i in batch], owners, held.group
                 )
                 for i, result in zip(batch, results, strict=True):
                     self._apply(group, stretches[i], result)
@@ -201,20 +115,20 @@ class MuonAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
-        gradient = _local(cast(Tensor, parameter.grad))
-        buffer = _local(state["momentum_buffer"])
-        found_inf = self._found_inf_on(gradient.device)
+        gradient = local(cast(Tensor, parameter.grad))
+        buffer = local(state["momentum_buffer"])
+        found_inf = self.found_inf_on(gradient.device)
         if found_inf is not None:
             gradient = torch.where(found_inf != 0, buffer, gradient)  # which leaves the momentum
         buffer.lerp_(gradient, 1 - group["momentum"])
-        return _local(parameter), gradient, buffer
+        return local(parameter), gradient, buffer
 
-    def _apply(self, group: dict[str, Any], stretch: _Stretch, update: Tensor) -> None:
+    def _apply(self, group: dict[str, Any], stretch: Stretch, update: Tensor) -> None:
         rows, columns = stretch.layout.shape
-        lr, parameter = group["lr"], stretch.parameter
+        lr, parameter = group["lr"], stretch.views[0]
         update = update.view(parameter.shape).to(parameter.device)
         decay, rate = 1 - lr * group["weight_decay"], lr * max(1, rows / columns) ** 0.5
-        found_inf = self._found_inf_on(parameter.device)
+        found_inf = self.found_inf_on(parameter.device)
         if found_inf is None:
             parameter.mul_(decay).add_(update, alpha=-rate)
         else:
@@ -230,14 +144,14 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
         states = [self.state[parameter] for parameter in parameters]
         adamw(
-            [_local(parameter) for parameter in parameters],
-            [_local(cast(Tensor, parameter.grad)) for parameter in parameters],
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
+            [local(parameter) for parameter in parameters],
+            [local(cast(Tensor, parameter.grad)) for parameter in parameters],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=group["fused"],
-            found_inf=self._found_inf_on(parameters[0].device),
+            found_inf=self.found_inf_on(parameters[0].device),
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -246,8 +160,3 @@ class MuonAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, which shares its storage."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

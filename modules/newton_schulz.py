@@ -7,14 +7,12 @@ way: over a matrix's ranks it moves twice, and each rank has one share of the wo
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+
+from modules.stretches import Layout
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients a, b, c of Muon's quintic iteration, chosen there for a steep slope at zero."""
@@ -24,78 +22,6 @@ NEWTON_SCHULZ_EPSILON = 1e-7
 
 LARGEST_BATCH = 2**26
 """Elements that a rank orthogonalises at once, unless one matrix has more: 128 MiB a copy."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A matrix, and which stretch of its elements, row by row, lies on which rank.
-
-    Attributes:
-        shape: Rows and columns.
-        stretches: [start, stop) by rank of the group; ascending, and covering the matrix.
-        offset: Where this rank's stretch starts in the tensor that the optimizer holds.
-    """
-
-    shape: tuple[int, int]
-    stretches: tuple[tuple[int, int], ...]
-    offset: int = 0
-
-    def numel(self, rank: int) -> int:
-        """Elements on a rank."""
-        start, stop = self.stretches[rank]
-        return stop - start
-
-    @property
-    def holders(self) -> list[int]:
-        """Ranks that have any of it."""
-        return [rank for rank, (start, stop) in enumerate(self.stretches) if stop > start]
-
-
-class Held(NamedTuple):
-    """What a tensor of the optimizer holds.
-
-    Attributes:
-        matrices: In the same order on every rank.
-        group: Ranks that share them; None: they are whole.
-        device: Where they are exchanged and orthogonalised.
-    """
-
-    matrices: Sequence[Layout]
-    group: dist.ProcessGroup | None
-    device: torch.device
-
-
-def held_by_dtensor(parameter: DTensor) -> Held:
-    """Find the stretch of a matrix that this rank has as a DTensor.
-
-    Raises:
-        ValueError: It is cut otherwise than by rows along one axis of the mesh.
-    """
-    mesh, placements = parameter.device_mesh, parameter.placements
-    cut = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
-    rows, columns = parameter.shape
-    # By type: subclasses of Shard order the rows otherwise.
-    is_by_rows = all(
-        type(placements[axis]) is Shard and placements[axis].is_shard(0) for axis in cut
-    )
-    if len(cut) > 1 or not is_by_rows:
-        raise ValueError(
-            f"module.optimizer.name=muon -> a matrix of shape {(rows, columns)} is placed as "
-            f"{placements}, and it can only be put together from rows along one axis of the mesh "
-            "-> shard by rows (FSDP2's default), or choose module.optimizer.name=adamw"
-        )
-    local = parameter.to_local()
-    if not cut:
-        return Held([Layout((rows, columns), ((0, local.numel()),))], None, local.device)
-    num_ranks = mesh.size(cut[0])
-    share = -(-rows // num_ranks)  # as torch.chunk
-    ends = [min(rank * share, rows) * columns for rank in range(num_ranks + 1)]
-    layout = Layout((rows, columns), tuple(pairwise(ends)))
-    assert layout.numel(mesh.get_local_rank(cut[0])) == local.numel()
-    # Offloaded shards are on the CPU, where an NCCL group has no collectives.
-    is_there = local.device.type == mesh.device_type
-    device = local.device if is_there else torch.device(mesh.device_type)
-    return Held([layout], mesh.get_group(cut[0]), device)
 
 
 def deal(layouts: Sequence[Layout], rank: int) -> Iterator[tuple[list[int], list[int] | None]]:

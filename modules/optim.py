@@ -5,13 +5,18 @@ micro-batch does not bend them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from modules.adafactor import Adafactor
+from modules.adamw_rms import AdamWRMS
 from modules.muon import MuonAdamW, ParameterRoles
+
+OPTIMIZERS = ("adamw", "muon", "sgd", "adamw_rms", "adafactor")
+SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
 
 
 def build_optimizer(
@@ -23,6 +28,8 @@ def build_optimizer(
     adamw: Mapping[str, Any],
     muon: Mapping[str, Any],
     sgd: Mapping[str, Any],
+    adamw_rms: Mapping[str, Any],
+    adafactor: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
     """Build the optimizer of `module.optimizer`.
 
@@ -30,13 +37,16 @@ def build_optimizer(
         roles: Parameters by role; those without gradients are left out. Every optimizer here is
             fused or reads `found_inf` like a fused one, so that a step can be called off on the
             device.
-        name: `adamw`, `muon` or `sgd`.
-        lr: Peak learning rate; under `muon` that of the matrices.
-        weight_decay: Decoupled (`adamw`, `muon`) or L2 (`sgd`); applies to parameters of two or
-            more dimensions, and under `muon` to the matrices only.
-        adamw: `betas` and `eps`; under `muon` too, for what is not a matrix.
+        name: One of `OPTIMIZERS`.
+        lr: Peak learning rate; under `muon` that of the matrices, under `adamw_rms` and
+            `adafactor` relative to the root mean square of each tensor.
+        weight_decay: Decoupled, or L2 (`sgd`); applies to parameters of two or more dimensions, and
+            under `muon` to the matrices only.
+        adamw: `betas` and `eps`; under `muon` too, for what is not a matrix, and `adamw_rms`.
         muon: `momentum`, and `embedding_lr`, `head_lr`, `other_lr` of the AdamW part.
         sgd: `momentum`.
+        adamw_rms: `min_rms`, as `modules.adamw_rms.AdamWRMS`.
+        adafactor: As `modules.adafactor.Adafactor`.
 
     Raises:
         ValueError: The name is unknown, or a matrix is not 2-D under `muon`.
@@ -45,14 +55,14 @@ def build_optimizer(
         role: [p for p in parameters if p.requires_grad] for role, parameters in roles.items()
     }
     everything = [p for parameters in trained.values() for p in parameters]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in everything if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in everything if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    betas = tuple(adamw["betas"])
+    moments: dict[str, Any] = {"betas": tuple(adamw["betas"]), "eps": adamw["eps"]}
     if name == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=adamw["eps"], fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=lr, **moments, fused=True)
         # Under plain Lightning: fused optimizers offer to unscale fp16 gradients themselves, and it
         # then refuses to clip, in bf16 as well.
         optimizer._step_supports_amp_scaling = False  # pyright: ignore[reportAttributeAccessIssue]
@@ -61,15 +71,17 @@ def build_optimizer(
         return torch.optim.SGD(groups, lr=lr, momentum=sgd["momentum"], fused=True)
     if name == "muon":
         rates = {role: muon[f"{role}_lr"] for role in ("embedding", "head", "other")}
-        return MuonAdamW(
-            trained,
-            lr={"matrix": lr, **rates},
-            momentum=muon["momentum"],
-            weight_decay=weight_decay,
-            betas=betas,
-            eps=adamw["eps"],
-        )
-    raise ValueError(f"module.optimizer.name={name} -> unknown -> choose adamw, muon or sgd")
+        momentum, lrs = muon["momentum"], {"matrix": lr, **rates}
+        return MuonAdamW(trained, lr=lrs, momentum=momentum, weight_decay=weight_decay, **moments)
+    if name == "adamw_rms":
+        return AdamWRMS(groups, lr=lr, **moments, **adamw_rms)
+    if name == "adafactor":
+        return Adafactor(groups, lr=lr, **adafactor)
+    raise ValueError(f"module.optimizer.name={name} -> unknown -> choose {_any_of(OPTIMIZERS)}")
+
+
+def _any_of(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def build_schedule(
@@ -104,19 +116,22 @@ class Schedule:
       equation 5, without restarts
     * `wsd`: 1 until m - d samples, then linear in (p - m + d) / d from 1 to f; warm-up, stable,
       decay, Hu et al. 2024, arXiv 2404.06395, section 4
+    * `inverse_sqrt`: sqrt(w / max(p, w)), Vaswani et al. 2017, arXiv 1706.03762, equation 3, whose
+      peak is its (width * w)^-0.5; no m or f
 
     Args:
         plan: `batch_samples`, `max_samples` and `tokens_per_sample` of the run.
-        name: One of the four above.
+        name: One of the five above.
         warmup_samples: w; or None and `warmup_tokens`.
         warmup_tokens: w in tokens.
         decay_samples: d, for `wsd` only; or None and `decay_tokens`.
         decay_tokens: d in tokens.
-        final_lr_fraction: f; None under `constant`, which has no end to reach.
+        final_lr_fraction: f; None under `constant` and `inverse_sqrt`, which have no end to reach.
 
     Raises:
         ValueError: The name is unknown, a pair has both or neither key set, a key is set that the
-            schedule does not use, or warm-up and decay are longer than the run.
+            schedule does not use, warm-up and decay are longer than the run, or `inverse_sqrt` has
+            no warm-up.
     """
 
     def __init__(
@@ -130,9 +145,9 @@ class Schedule:
         decay_tokens: int | None,
         final_lr_fraction: float | None,
     ):
-        if name not in ("constant", "linear", "cosine", "wsd"):
+        if name not in SCHEDULES:
             raise ValueError(
-                f"module.schedule.name={name} -> unknown -> choose constant, linear, cosine or wsd"
+                f"module.schedule.name={name} -> unknown -> choose {_any_of(SCHEDULES)}"
             )
         self.name, self.plan = name, plan
         self.warmup = self._samples("warmup", warmup_samples, warmup_tokens)
@@ -141,7 +156,7 @@ class Schedule:
             self.decay = self._samples("decay", decay_samples, decay_tokens)
         else:
             self._refuse(decay_samples=decay_samples, decay_tokens=decay_tokens)
-        if name == "constant":
+        if name in ("constant", "inverse_sqrt"):
             self._refuse(final_lr_fraction=final_lr_fraction)
         elif final_lr_fraction is None:
             raise ValueError(
@@ -149,6 +164,11 @@ class Schedule:
                 f"set it, to 0 for decaying to nothing"
             )
         self.final = 1.0 if final_lr_fraction is None else final_lr_fraction
+        if name == "inverse_sqrt" and not self.warmup:
+            raise ValueError(
+                "module.schedule: warm-up of 0 samples -> inverse_sqrt falls from where warm-up "
+                "ends, and would be 0 -> set module.schedule.warmup_samples or warmup_tokens"
+            )
         if self.warmup + self.decay > plan["max_samples"]:
             raise ValueError(
                 f"module.schedule: warm-up of {self.warmup:g} samples and decay of {self.decay:g} "
@@ -177,6 +197,8 @@ class Schedule:
         ramp = samples + self.plan["batch_samples"]
         if ramp < self.warmup:
             return ramp / self.warmup
+        if self.name == "inverse_sqrt":
+            return math.sqrt(self.warmup / max(samples, self.warmup))
         end = self.plan["max_samples"]
         if self.name == "wsd":
             start, length = end - self.decay, self.decay

@@ -39,7 +39,7 @@ def test_auto_uses_the_device_and_resumes_on_it(small_run, train):
     assert run.summary["step"] == 20
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw_rms", "adafactor"])
 def test_optimizers_run_on_the_device(small_run, train, optimizer):
     rate = "module.optimizer.lr=0.01"
     run = train(*small_run, f"module.optimizer.name={optimizer}", rate, "trainer.accelerator=cuda")

@@ -84,10 +84,10 @@ def loader(batches):
     return DataLoader(batches, batch_size=None)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd", "adamw_rms", "adafactor"])
 @pytest.mark.parametrize("preset", ["gpt2_tiny", "llama_tiny", "modern_tiny"])
 def test_training_lowers_the_loss(preset, optimizer):
-    rate = {"adamw": 1e-2, "muon": 1e-2, "sgd": 0.05}[optimizer]
+    rate = {"sgd": 0.05, "adamw_rms": 0.1, "adafactor": 0.1}.get(optimizer, 1e-2)
     model = build_model(**make_settings(preset=preset, optimizer={"name": optimizer, "lr": rate}))
     configured = model.configure_optimizers()["optimizer"]  # pyright: ignore
     batch, losses = make_batch(), []
@@ -101,7 +101,8 @@ def test_training_lowers_the_loss(preset, optimizer):
         configured.zero_grad()
         losses.append(result["loss"].item())
     assert losses[0] == pytest.approx(math.log(40), abs=0.2)
-    assert losses[-1] < losses[0] - (0.01 if optimizer == "sgd" else 0.1)
+    # Relative rates lift matrices slowly that begin as zeros.
+    assert losses[-1] < losses[0] - (0.1 if optimizer in ("adamw", "muon") else 0.01)
 
 
 def test_training_loss_weighs_tokens_alike_over_micro_batches():
@@ -169,7 +170,7 @@ def test_unknown_bytes_per_token_leave_bits_per_byte_out():
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
 def test_lightning_clips_and_schedules(optimizer, precision):
     settings = make_settings(optimizer={"name": optimizer}, schedule={"warmup_samples": 20})
     model = build_model(**settings)

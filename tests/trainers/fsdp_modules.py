@@ -158,7 +158,12 @@ class TinyGPT(GPT):
             vocab_size=VOCABULARY,
             sequence_length=TOKENS,
             optimizer={"name": "sgd", "lr": 0.1, "weight_decay": 0.0, "sgd": {"momentum": 0.9}}
-            | {"adamw": {"betas": (0.9, 0.95), "eps": 1e-8}, "muon": {}},
+            | {
+                "adamw": {"betas": (0.9, 0.95), "eps": 1e-8},
+                "muon": {},
+                "adamw_rms": {},
+                "adafactor": {},
+            },
             schedule={"name": "constant", "warmup_samples": 0, "warmup_tokens": None}
             | {"decay_samples": None, "decay_tokens": None, "final_lr_fraction": None},
             plan=samples | {"max_steps": STEPS, "tokens_per_sample": TOKENS},

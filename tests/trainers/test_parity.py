@@ -37,6 +37,13 @@ EQUAL = [
     Cell("two_networks", "zero2", "bf16"),
     *(Cell("two_networks", name, "bf16", parameters="low") for name in ("zero1", "zero3")),
 ]
+# Optimizers that add up over whole tensors.
+SUMMED = [
+    Cell("gpt", name, optimizer=optimizer)
+    for name in ("zero1", "zero3", "fsdp")
+    for optimizer in ("adamw_rms", "adafactor")
+]
+EQUAL += SUMMED
 # What must not pass, or the test above would show nothing.
 DIFFERENT = [
     Cell("two_networks", "ddp", control="unfrozen"),
@@ -70,6 +77,7 @@ RESUMED = [
         Cell("gpt", name, "bf16", stop_at=5, optimizer="muon")
         for name in ("zero1", "zero3", "fsdp")
     ),
+    *(replace(cell, stop_at=5) for cell in SUMMED),
 ]
 # Continued under another strategy.
 CHANGED = [
@@ -78,7 +86,10 @@ CHANGED = [
     Cell("frozen", "fsdp", stop_at=5, begun="zero3"),
     Cell("given", "zero2", stop_at=5, begun="ddp"),
     Cell("two_networks", "zero2", stop_at=5, begun="fsdp"),
+    Cell("gpt", "zero3", stop_at=5, begun="fsdp", optimizer="adafactor"),
 ]
+# What was remembered by rows and columns counts.
+LOST = replace(CHANGED[-1], control="lost_state")
 # What the whole matrix does not have, and takes too long for every day.
 MORE = [
     *(Cell("given", name, micro=2) for name in ("ddp", "zero2", "fsdp")),
@@ -114,7 +125,7 @@ def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity")
     ones, runs = with_references([*EQUAL, *CHANGED, *SKIPPED, MUON])
     cells = [*runs, *DIFFERENT, *RESUMED, *map(in_one_go, RESUMED)]
-    cells += [*NOTED, SKIPPED_LOW, *STOPPED, *REFUSED, replace(MUON, control="lost_state")]
+    cells += [LOST, *NOTED, SKIPPED_LOW, *STOPPED, *REFUSED, replace(MUON, control="lost_state")]
     found = run_cells(ones, folder, 1, "cpu")
     return found | run_cells(list(dict.fromkeys(cells)), folder, 2, "cpu")
 
@@ -126,7 +137,7 @@ def test_two_ranks_train_as_one(cell, outcomes):
     assert is_equal, found
 
 
-@pytest.mark.parametrize("cell", DIFFERENT, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("cell", [*DIFFERENT, LOST], ids=lambda cell: cell.name)
 def test_what_is_broken_is_seen(cell, outcomes):
     assert outcomes[cell].error is None  # it trains to its end, and only differs
     assert all(map(math.isfinite, largest_difference(outcomes[cell], reference(cell, outcomes))))

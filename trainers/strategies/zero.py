@@ -28,9 +28,9 @@ from trainers.strategies.deepspeed_settings import (
     set_scale,
 )
 from trainers.strategies.initial_values import give_initial_values
-from trainers.strategies.matrix_shards import lay_out
 from trainers.strategies.parts import PartsStrategy
 from trainers.strategies.precision import StepCalledOff, call_off
+from trainers.strategies.stretches import lay_out
 from trainers.strategies.zero_shards import ShardedParameter, find_shards, refresh
 
 
@@ -255,7 +255,7 @@ class ZeRO(PartsStrategy):
         """As `PartsStrategy.whole_state`, put together; nothing of what is not trained."""
         if (shard := self.shards.get(parameter)) is None:
             return {}
-        return {key: shard.get(key) for key in shard.state_keys()} | shard.scalars()
+        return {key: shard.get(key) for key in shard.state_keys()} | shard.unsharded()
 
     def take_state(
         self, optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Any

@@ -17,6 +17,7 @@ class ShardedParameter:
     """A parameter and this rank's run of its elements.
 
     Attributes:
+        parameter: The module's.
         shape: Of the whole parameter.
         device: Where the whole is put together.
         flat: fp32 tensor of the optimizer that holds the run, or would.
@@ -27,6 +28,7 @@ class ShardedParameter:
         group: The ranks that share the parameter.
     """
 
+    parameter: Tensor
     shape: torch.Size
     device: torch.device
     flat: Tensor
@@ -55,18 +57,26 @@ class ShardedParameter:
         state = self.optimizer.state.get(self.flat, {})
         return sorted(key for key, value in state.items() if self._is_sharded(value))
 
-    def scalars(self) -> dict[str, Any]:
-        """State that has one value for the parameter, such as the count of steps."""
+    def unsharded(self) -> dict[str, Any]:
+        """State that every rank has whole, such as the count of steps.
+
+        A scalar is the flat tensor's; a tensor, such as a factor of second moments, the
+        parameter's, by which the optimizer remembers it beside those of the flat tensor's others.
+        """
         state = self.optimizer.state.get(self.flat, {})
-        return {key: value for key, value in state.items() if not self._is_sharded(value)}
+        own = self.optimizer.state.get(self.parameter, {})
+        return {key: value for key, value in state.items() if not self._is_sharded(value)} | own
 
     def set_state(self, key: str, value: Any) -> None:
-        """Take back one entry of `state_keys` or `scalars`."""
+        """Take back one entry of `state_keys` or `unsharded`."""
         state = self.optimizer.state[self.flat]
         if isinstance(value, Tensor) and value.shape == self.shape and value.ndim:
             if key not in state:
                 state[key] = torch.zeros_like(self.flat, requires_grad=False)
             self.set(value, key)
+        elif isinstance(value, Tensor) and value.ndim:
+            own = self.optimizer.state[self.parameter]
+            own[key] = value.to(self.flat.device, copy=True)
         elif isinstance(value, Tensor):
             on_device = any(group.get("fused") for group in self.optimizer.param_groups)
             state[key] = value.to(self.flat.device if on_device else "cpu", copy=True)
@@ -107,6 +117,7 @@ def _of_stage_2(zero: Any, parameter: Any, flat: Tensor) -> ShardedParameter:
         address = mapping.lp_fragment_address
         mine, within = (address.start, address.numel), mapping.hp_fragment_address.start
     return ShardedParameter(
+        parameter=parameter,
         shape=parameter.shape,
         device=parameter.device,
         flat=flat,
@@ -122,6 +133,7 @@ def _of_stage_3(zero: Any, parameter: Any) -> ShardedParameter:
     index, within, length = zero.grad_position[zero.get_param_id(parameter)]
     start = torch.distributed.get_rank(parameter.ds_process_group) * length
     return ShardedParameter(
+        parameter=parameter,
         shape=parameter.ds_shape,
         device=parameter.device,
         flat=zero.fp32_partitioned_groups_flat[index],

@@ -1,4 +1,4 @@
-"""Where the matrices of an optimizer that needs them whole lie in DeepSpeed's flat tensors."""
+"""Where the tensors of an optimizer that needs them whole lie in DeepSpeed's flat tensors."""
 
 from collections import defaultdict
 from typing import Any
@@ -11,10 +11,10 @@ from trainers.strategies.zero_shards import ShardedParameter, find_shards
 
 
 def lay_out(engine: Any, optimizer: Optimizer) -> None:
-    """Tell the engine's optimizer which stretches of matrices its flat tensors hold; collective.
+    """Tell the engine's optimizer which stretches of tensors its flat tensors hold; collective.
 
-    Does nothing for optimizers that have no `lay_out`. One that has it does not work elementwise on
-    its groups of kind `muon`.
+    Does nothing for optimizers that have no `lay_out`: they work elementwise. One that has it says
+    by `needs_whole` on which of its groups it does not.
 
     Args:
         engine: DeepSpeed's, of stage 1, 2 or 3, after `deepspeed.initialize`.
@@ -28,22 +28,23 @@ def lay_out(engine: Any, optimizer: Optimizer) -> None:
     by_flat: dict[Tensor, list[ShardedParameter]] = defaultdict(list)
     for group in optimizer.param_groups:
         trained = [parameter for parameter in group["params"] if parameter in shards]
-        for parameter in trained if group["kind"] == "muon" else []:
+        for parameter in trained if inner.needs_whole(group) else []:
             by_flat[shards[parameter].flat].append(shards[parameter])
-    for flat, matrices in by_flat.items():
-        peers = matrices[0].group
-        mine = [(m.start, m.start + m.numel) if m.numel else None for m in matrices]
+    for flat, tensors in by_flat.items():
+        peers = tensors[0].group
+        mine = [(t.start, t.start + t.numel) if t.numel else None for t in tensors]
         of_ranks: list[Any] = [None] * torch.distributed.get_world_size(peers)
         torch.distributed.all_gather_object(of_ranks, mine, group=peers)
         inner.lay_out(
             flat,
             [
                 {
-                    "shape": tuple(matrix.shape),
+                    "shape": tuple(tensor.shape),
                     "stretches": _ascending([stretches[i] for stretches in of_ranks]),
-                    "offset": matrix.flat_start if matrix.numel else 0,
+                    "offset": tensor.flat_start if tensor.numel else 0,
+                    "key": tensor.parameter,
                 }
-                for i, matrix in enumerate(matrices)
+                for i, tensor in enumerate(tensors)
             ],
             group=peers,
             device=engine.device,

@@ -1,8 +1,8 @@
-"""Muon where ranks hold stretches of matrices, against one rank that has them whole.
+"""Optimizers that need whole tensors where ranks hold stretches, against one rank with the whole.
 
-Everything up to the iteration is elementwise and the iteration gets the same bf16 numbers, so from
-equal gradients results are equal to the last bit, and are compared so. What the cases are:
-`muon_ranks.py`.
+Up to Muon's iteration everything is elementwise and the iteration gets the same bf16 numbers, so
+from equal gradients results are equal to the last bit, and are compared so. The others add up in
+another order. What the cases are: `sharded_optimizer_ranks.py`.
 """
 
 import json
@@ -23,6 +23,19 @@ EXACT = {
     ],
     4: ["zero1", "zero2", "zero3", "fsdp", "fsdp_hybrid"],
 }
+SUMMED = {
+    2: [
+        *("zero1_rms", "zero2_rms_veto", "zero3_rms_offload_bf16_clip", "fsdp_rms_veto"),
+        *("zero1_adafactor", "zero2_adafactor_veto", "zero2_adafactor_offload_clip"),
+        *("zero3_adafactor_veto", "zero3_adafactor_small", "fsdp_adafactor_veto"),
+        "fsdp_adafactor_small",
+    ],
+    4: [
+        *("zero1_rms", "zero3_rms", "fsdp_rms_hybrid"),
+        *("zero1_adafactor", "zero3_adafactor", "fsdp_adafactor_hybrid"),
+    ],
+}
+SUMMED_TOLERANCE = 2e-6
 ENOUGH = {"linear": 2e-3}
 """Relative distance allowed. A network's own gradients may differ in the last bit, where DeepSpeed
 keeps weights at other addresses; bf16 makes 2^-9 of that in one entry, seldom."""
@@ -30,14 +43,24 @@ keeps weights at other addresses; bf16 makes 2^-9 of that in one entry, seldom."
 REFUSED = {"fsdp_columns": "shard by rows"}
 CONTROLS = ["zero2_alone", "zero3_alone", "fsdp_alone"]
 """Each stretch orthogonalised by itself."""
+SUMMED_CONTROLS = [
+    "zero1_rms_alone",
+    "zero3_rms_alone",
+    "zero3_adafactor_alone",
+    "fsdp_adafactor_alone",
+]
+"""Each stretch with sums of its own."""
 
 
 @pytest.fixture(scope="module")
 def distances(tmp_path_factory):
     """Number of ranks -> case -> its result on each rank."""
     out = tmp_path_factory.mktemp("ranks")
-    cases = {2: [*EXACT[2], *REFUSED, *CONTROLS], 4: [*EXACT[4], *CONTROLS]}
-    program = Path(__file__).with_name("muon_ranks.py")
+    cases = {
+        2: [*EXACT[2], *SUMMED[2], *REFUSED, *CONTROLS, *SUMMED_CONTROLS],
+        4: [*EXACT[4], *SUMMED[4], *CONTROLS],
+    }
+    program = Path(__file__).with_name("sharded_optimizer_ranks.py")
     done = subprocess.run(
         [sys.executable, str(program), str(out), json.dumps(cases)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
@@ -54,6 +77,16 @@ def distances(tmp_path_factory):
 def test_sharded_muon_equals_whole_matrices(distances, num_ranks, case):
     enough = ENOUGH.get(case.partition("_")[2], 0.0)
     assert all(distance <= enough for distance in distances[num_ranks][case])
+
+
+@pytest.mark.parametrize(("num_ranks", "case"), [(n, c) for n, cs in SUMMED.items() for c in cs])
+def test_sums_over_shards_equal_those_of_whole_tensors(distances, num_ranks, case):
+    assert all(distance <= SUMMED_TOLERANCE for distance in distances[num_ranks][case])
+
+
+@pytest.mark.parametrize("case", SUMMED_CONTROLS)
+def test_sums_over_stretches_alone_give_another_update(distances, case):
+    assert all(distance > 0.01 for distance in distances[2][case])
 
 
 @pytest.mark.parametrize("num_ranks", EXACT)

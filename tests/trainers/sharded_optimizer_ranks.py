@@ -1,6 +1,7 @@
-"""The program of the ranks of `test_muon_sharded.py`: sharded optimizers against whole matrices.
+"""The program of the ranks of `test_sharded_optimizers.py`: shards against whole tensors.
 
-A case is a strategy and words for how it differs: `zero3_offload_bf16_clip`.
+A case is a strategy, an optimizer where it is not Muon, and words for how it differs:
+`zero3_offload_bf16_clip`, `zero2_adafactor_veto`.
 """
 
 import copy
@@ -8,29 +9,42 @@ import json
 import os
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import start_processes
 
+import modules.adafactor
+import modules.adamw_rms
 import modules.muon
 import modules.newton_schulz
+import modules.stretches
+from modules.adafactor import Adafactor
+from modules.adamw_rms import AdamWRMS
 from modules.muon import MuonAdamW
 
 MATRICES = [(12, 20), (20, 12), (12, 20), (7, 5), (12, 20), (13, 32), (1, 6), (20, 12)]
 OTHERS = [(9, 4), (5,), (3,)]
 NUM_STEPS = 7
 RATES = {"matrix": 0.02, "other": 0.01}
+STATE = {
+    "muon": ["momentum_buffer"],
+    "rms": ["exp_avg", "exp_avg_sq"],
+    "adafactor": ["exp_avg_sq_row", "exp_avg_sq_column"],
+}
+"""What an optimizer remembers of a matrix."""
 
 
 class Weights(nn.Module):
     """Parameters whose gradients are what `forward` is given."""
 
-    def __init__(self):
+    def __init__(self, optimizer):
         super().__init__()
+        self.optimizer = optimizer
         draw = torch.Generator().manual_seed(0)
         self.weights = nn.ParameterList(
             [nn.Parameter(_random(shape, draw)) for shape in [*MATRICES, *OTHERS]]
@@ -50,8 +64,9 @@ class Weights(nn.Module):
 class Linear(nn.Module):
     """A small network, whose gradients are averages over ranks."""
 
-    def __init__(self):
+    def __init__(self, optimizer):
         super().__init__()
+        self.optimizer = optimizer
         torch.manual_seed(0)
         sizes = [(9, 14), (14, 14), (14, 14), (14, 5)]
         self.layers = nn.Sequential(*(nn.Linear(*size) for size in sizes))
@@ -69,9 +84,18 @@ def _random(shape, draw):  # numbers that bf16 holds exactly
 
 
 def _optimizer(model):
-    weights = _weights(model)
+    weights, betas, eps = _weights(model), (0.9, 0.95), 1e-8
     roles = {"matrix": weights[: model.num_matrices], "other": weights[model.num_matrices :]}
-    return MuonAdamW(roles, lr=RATES, momentum=0.95, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    if model.optimizer == "muon":
+        return MuonAdamW(roles, lr=RATES, momentum=0.95, weight_decay=0.1, betas=betas, eps=eps)
+    groups = [
+        {"params": roles["matrix"], "weight_decay": 0.1},
+        {"params": roles["other"], "weight_decay": 0.0},
+    ]
+    if model.optimizer == "rms":
+        return AdamWRMS(groups, lr=0.02, betas=betas, eps=eps, min_rms=1e-3)
+    moments = {"decay_exponent": 0.8, "clip_rms": 0.9, "eps": 1e-30}
+    return Adafactor(groups, lr=0.02, **moments, scale_by_rms=True, min_rms=1e-3)
 
 
 def _weights(model):
@@ -94,17 +118,21 @@ def _whole_run(make, num_ranks, clip_factors=None, vetoed=()):
             if clip_factors is not None:
                 weight.grad.mul_(clip_factors[step])
         optimizer.step()
-    state = [
-        optimizer.state[weight]["momentum_buffer"] for weight in optimizer.param_groups[0]["params"]
-    ]
-    return _weights(model), state
+    weights = _weights(model)
+    return weights, [optimizer.state[w][key] for w, key in _remembered(model)]
+
+
+def _remembered(model):
+    """The matrices with each key of their state."""
+    matrices = _weights(model)[: model.num_matrices]
+    return [(matrix, key) for matrix in matrices for key in STATE[model.optimizer]]
 
 
 def _distance(found, expected, make):
-    """Largest difference, by how far a parameter has come (or 1, for state)."""
+    """Largest difference, by how far a parameter has come, or by what is remembered of it."""
     starts = _weights(make())
     scales = [(b - a).norm() for a, b in zip(starts, expected[0], strict=True)]
-    scales += [torch.tensor(1.0)] * len(expected[1])
+    scales += [value.norm() for value in expected[1]]
     triples = zip([*found[0], *found[1]], [*expected[0], *expected[1]], scales, strict=True)
     return torch.stack([(a - b).norm() / scale for a, b, scale in triples]).max().item()
 
@@ -112,7 +140,7 @@ def _distance(found, expected, make):
 def _zero(make, sharding, bf16, clip, vetoed=()):
     import deepspeed
 
-    from trainers.strategies.matrix_shards import lay_out
+    from trainers.strategies.stretches import lay_out
     from trainers.strategies.zero_shards import find_shards
 
     model = make()
@@ -141,11 +169,11 @@ def _zero(make, sharding, bf16, clip, vetoed=()):
         norm = torch.as_tensor(engine.optimizer._global_grad_norm)
         factors.append(1.0 / torch.clamp((norm + 1e-6) / clip, min=1.0) if clip else None)
     shards = find_shards(engine)
-    weights = [shards[weight] for weight in _weights(model)]
-    found = (
-        [w.get() for w in weights],
-        [w.get("momentum_buffer") for w in weights[: model.num_matrices]],
-    )
+    state = [
+        shards[w].get(key) if key in shards[w].state_keys() else shards[w].unsharded()[key]
+        for w, key in _remembered(model)
+    ]
+    found = [shards[weight].get() for weight in _weights(model)], state
     engine.destroy()
     expected = _whole_run(
         make, torch.distributed.get_world_size(), factors if clip else None, vetoed
@@ -183,10 +211,13 @@ def _fsdp(make, mesh_shape=None, vetoed=(), placement=None, through_state=False)
             state_dict.set_optimizer_state_dict(
                 model, optimizer, saved if whole else {}, options=options
             )
-    held = optimizer.param_groups[0]["params"]
-    momenta = [optimizer.state[weight]["momentum_buffer"].full_tensor() for weight in held]
-    found = [weight.full_tensor() for weight in _weights(model)], momenta
+    state = [_full(optimizer.state[w][key]) for w, key in _remembered(model)]
+    found = [weight.full_tensor() for weight in _weights(model)], state
     return _distance(found, _whole_run(make, num_ranks, None, vetoed), make)
+
+
+def _full(value):
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _by_columns(weight):
@@ -202,14 +233,22 @@ def _stretches_alone(updates, layouts, owners, group):
     return results
 
 
+def _stretch_alone(values, held):
+    return list(values)
+
+
 def _run(case):
     strategy, *words = case.split("_")
-    modules.newton_schulz.LARGEST_BATCH = 300 if "small" in words else 2**26
+    for batched in (modules.newton_schulz, modules.adafactor):
+        batched.LARGEST_BATCH = 300 if "small" in words else 2**26
+    for summed in (modules.adafactor, modules.adamw_rms):
+        summed.add_up = _stretch_alone if "alone" in words else modules.stretches.add_up
     modules.muon.orthogonalise_stretches = (
         _stretches_alone if "alone" in words else modules.newton_schulz.orthogonalise_stretches
     )
     vetoed = (0, 4) if "veto" in words else ()
-    make = Linear if "linear" in words else Weights
+    optimizer = next((word for word in words if word in STATE), "muon")
+    make = partial(Linear if "linear" in words else Weights, optimizer)
     if strategy == "fsdp":
         mesh = (2, 2) if "hybrid" in words else None
         place = _by_columns if "columns" in words else None
@@ -221,7 +260,7 @@ def _run(case):
         sharding["offload_optimizer"] = {"device": "cpu"}
     if "small" in words:
         sharding["sub_group_size"] = 400  # several flat tensors of one group
-    clip = 1.0 if "clip" in words else 0.5 if make is Linear else 0.0
+    clip = 1.0 if "clip" in words else 0.5 if "linear" in words else 0.0
     return _zero(make, sharding, "bf16" in words, clip, vetoed)
 
 
