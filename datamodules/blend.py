@@ -189,8 +189,7 @@ def _widest(prepared: Mapping[str, PreparedData]) -> PreparedData:
 def _sum_facts(prepared: Mapping[str, PreparedData]) -> dict[str, Any]:
     """Facts of a blend: sums over its sources, and the vocabulary they share."""
     every = [data.facts for data in prepared.values()]
-    widest, vocabulary = _widest(prepared).facts, ("vocab_size", "end_token", "sentinels")
-    facts = {key: widest[key] for key in vocabulary if key in widest}
+    facts = {key: _widest(prepared).facts[key] for key in ("vocab_size", "end_token")}
     for key in ("documents", "tokens", "bytes"):
         facts[key] = {
             split: sum(f[key][split] or 0 for f in every) or None for split in every[0][key]
