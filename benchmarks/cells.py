@@ -91,6 +91,8 @@ class Outcome:
     num_skipped: int = 0
     exchanged: frozenset[str] = frozenset()
     """Dtypes of the gradients that ranks exchanged, where that was noted."""
+    samples: tuple[str, ...] = ()
+    """Lines of what was generated at the end, sorted."""
 
 
 def configure(cell: Cell, folder: Path, ranks: int, accelerator: str) -> DictConfig:
@@ -250,4 +252,6 @@ def read_outcome(run: Path) -> Outcome:
     num_skipped = max(row.get("train/skipped_steps", 0) for row in rows)
     noted = run / "exchanged.json"
     exchanged = frozenset(json.loads(noted.read_text()) if noted.exists() else ())
-    return Outcome(torch.tensor(losses), weights, None, int(num_skipped), exchanged)
+    path = run / "samples" / f"step-{STEPS:08d}.jsonl"
+    samples = tuple(sorted(path.read_text().splitlines())) if path.exists() else ()
+    return Outcome(torch.tensor(losses), weights, None, int(num_skipped), exchanged, samples)

@@ -1,6 +1,6 @@
 """Every strategy trains as one rank does: loss curves and final weights, cell by cell.
 
-    python -m benchmarks.parity ranks=2 backend=gloo [modules=gpt,two_networks] [strategies=...]
+    python -m benchmarks.parity ranks=2 backend=gloo [modules=gpt,encoder_decoder,lstm,two_networks] [strategies=...]
         [precisions=fp32,bf16,fp16] [recompute=none,full,selective,every_2] [micro=null,2]
 
 Each cell is a run by the launcher's own `fit`: the same configuration on one rank under
@@ -118,7 +118,7 @@ def main() -> None:
     options: dict[str, Any] = {
         "ranks": 2,
         "backend": "nccl" if torch.cuda.is_available() else "gloo",
-        "modules": ["gpt", "two_networks"],
+        "modules": ["gpt", "encoder_decoder", "lstm", "two_networks"],
         "strategies": list(STRATEGIES),
         "precisions": ["fp32", "bf16", "fp16"],
         "recompute": ["none", "full"],

@@ -165,6 +165,15 @@ def without_state() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def as_they_come() -> Iterator[None]:
+    """Let a recurrent network finish its gradients in an order that its lengths decide."""
+    from modules import encoder_decoder_recurrent_blocks as blocks
+
+    with mock.patch.object(blocks, "weights_of", lambda module: dict(module.named_parameters())):
+        yield
+
+
 class Exchanges(TorchDispatchMode):
     """Notes the dtypes of what ranks add up."""
 
@@ -201,6 +210,7 @@ CONTROLS: dict[str, tuple[str | None, Callable[[], contextlib.AbstractContextMan
     "per_rank_mean": ("benchmarks.parity_ranks.PerRankMean", contextlib.nullcontext),
     "no_reshard": (None, without_reshard),
     "lost_state": (None, without_state),
+    "as_they_come": (None, as_they_come),
     "noted": (None, noting_exchanges),
 }
 """Name -> the module to put in, and what to break."""

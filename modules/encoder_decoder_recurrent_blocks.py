@@ -6,7 +6,6 @@ LSTM), L layers, N states of a layer (1 or 2), V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from modules.encoder_decoder_recurrent_presets import RecurrentShape
+from modules.encoder_decoder_recurrent_steps import Attended, Weights, attend, gru_step, lstm_step
 from modules.layers import linear_cross_entropy
+from modules.ordered_gradients import weights_of
 
 _CELL = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # in the order of torch's functions
-
-
-class Attended(NamedTuple):
-    """What a decoder attends to, the same at every step."""
-
-    memory: Tensor  # fp32 [B, S, M]
-    keys: Tensor  # fp32 [B, S, H], the memory's part of the scores
-    bias: Tensor  # fp32 [B, S], added to the scores: very low at padding
 
 
 @dataclass
@@ -86,13 +79,13 @@ class RecurrentEncoder(nn.Module):
         Padding (`source_mask`, bool [B, S]) is last, and is not read. Of a row that is all padding
         one token is.
         """
-        shape = self.shape
+        shape, weights = self.shape, weights_of(self)
         lengths = source_mask.sum(dim=1).clamp(min=1).cpu()
-        x = _embed(self.embedding, source, self)  # [B, S, E]
+        x = _embed(weights["embedding"], source, self)  # [B, S, E]
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         zeros = x.new_zeros(2 * shape.num_layers, source.size(0), shape.encoder_width)
         cells: list[Tensor] = [
-            getattr(self, f"{kind}_l{layer}{direction}")
+            weights[f"{kind}_l{layer}{direction}"]
             for layer in range(shape.num_layers)
             for direction in ("", "_reverse")
             for kind in _CELL
@@ -108,17 +101,17 @@ class RecurrentEncoder(nn.Module):
         order = packed.unsorted_indices
         assert order is not None
         states = [
-            self._bridge(kind, state.index_select(1, order))
+            self._bridge(weights, kind, state.index_select(1, order))
             for kind, state in zip(shape.states, last, strict=True)
         ]
         return memory.float(), torch.stack(states)
 
-    def _bridge(self, kind: str, last: Tensor) -> Tensor:
+    def _bridge(self, weights: Weights, kind: str, last: Tensor) -> Tensor:
         """Turn last states [2 L, B, W] of the encoder into first ones [L, B, H] of the decoder."""
         firsts = []
         for layer, pair in enumerate(last.unflatten(0, (-1, 2))):  # [2, B, W]
-            weight = getattr(self, f"{kind}_bridge_weight_l{layer}")
-            bias = getattr(self, f"{kind}_bridge_bias_l{layer}")
+            weight = weights[f"{kind}_bridge_weight_l{layer}"]
+            bias = weights[f"{kind}_bridge_bias_l{layer}"]
             first = F.linear(torch.cat([pair[0], pair[1]], dim=-1), weight, bias).float()
             firsts.append(first.tanh() if kind == "hidden" else first)
         return torch.stack(firsts)
@@ -170,7 +163,7 @@ class RecurrentDecoder(nn.Module):
         teacher: Tensor | None,
     ) -> Tensor:
         """Compute loss or logits as `RecurrentNetwork.forward`, of what the encoder has made."""
-        attended = None
+        attended, weights = None, weights_of(self)
         if state is None:
             assert cache is not None
             assert cache.state is not None
@@ -178,45 +171,50 @@ class RecurrentDecoder(nn.Module):
         elif self.shape.attention == "additive":
             assert memory is not None
             assert memory_mask is not None
-            attended = self._attended(memory, memory_mask)
-        features, state = self._unroll(attended, state, inputs, teacher)
+            attended = self._attended(weights, memory, memory_mask)
+        features, state = self._unroll(weights, attended, state, inputs, teacher)
         if cache is not None:
             cache.attended, cache.state = attended, state
             cache.length += inputs.size(1)
             features = features[:, -1:]
         if targets is None:
-            return F.linear(features, self.head_weight, self.head_bias).float()
+            return F.linear(features, weights["head_weight"], weights["head_bias"]).float()
         return linear_cross_entropy(
             features,
-            self.head_weight,
+            weights["head_weight"],
             targets,
-            bias=self.head_bias,
+            bias=weights["head_bias"],
             softcap=None,
             reduction="sum",
             label_smoothing=label_smoothing,
         )
 
-    def _attended(self, memory: Tensor, mask: Tensor) -> Attended:
-        keys = F.linear(memory, self.attention_key, self.attention_bias).float()
+    def _attended(self, weights: Weights, memory: Tensor, mask: Tensor) -> Attended:
+        keys = F.linear(memory, weights["attention_key"], weights["attention_bias"]).float()
         # Not minus infinity: a row that is all padding would have no weights.
         bias = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
         return Attended(memory, keys, bias)
 
     def _unroll(
-        self, attended: Attended | None, state: Tensor, inputs: Tensor, teacher: Tensor | None
+        self,
+        weights: Weights,
+        attended: Attended | None,
+        state: Tensor,
+        inputs: Tensor,
+        teacher: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return what logits are linear in, [B, T, ...], and the state after the last step.
 
         What does not depend on the step before is computed for all steps at once.
         """
         cells: list[list[Tensor]] = [
-            [getattr(self, f"{kind}_l{layer}") for kind in _CELL]
+            [weights[f"{kind}_l{layer}"] for kind in _CELL]
             for layer in range(self.shape.num_layers)
         ]
         weight, bias = cells[0][0], cells[0][2]
         token_weight = weight[:, : self.shape.embedding_width]
         context_weight = weight[:, self.shape.embedding_width :]
-        tokens = _embed(self.embedding, inputs, self)  # [B, T, E]
+        tokens = _embed(weights["embedding"], inputs, self)  # [B, T, E]
         gates = F.linear(tokens, token_weight, bias).float()  # [B, T, G]
         # `tolist` waits for the device, once.
         is_fed = [True] * inputs.size(1) if teacher is None else [True, *teacher[1:].tolist()]
@@ -224,11 +222,13 @@ class RecurrentDecoder(nn.Module):
         features: list[Tensor] = []
         for step, (token, gate) in enumerate(zip(tokens.unbind(1), gates.unbind(1), strict=True)):
             if not is_fed[step]:
-                token = _embed(self.embedding, self._most_likely(features[-1]), self)
+                with torch.no_grad():
+                    likely = F.linear(features[-1], weights["head_weight"], weights["head_bias"])
+                token = _embed(weights["embedding"], likely.argmax(dim=-1), self)
                 gate = F.linear(token, token_weight, bias).float()
             beside = []
             if attended is not None:
-                context = self._attend(attended, states[-1][0])
+                context = attend(weights, attended, states[-1][0])
                 gate = gate + F.linear(context, context_weight).float()
                 beside = [context, token]
             states = self._advance(cells, gate, states)
@@ -236,24 +236,11 @@ class RecurrentDecoder(nn.Module):
         layers = [torch.stack(layer) for layer in states]  # L times [N, B, H]
         return torch.stack(features, dim=1), torch.stack(layers, dim=1)
 
-    def _most_likely(self, features: Tensor) -> Tensor:
-        with torch.no_grad():
-            return F.linear(features, self.head_weight, self.head_bias).argmax(dim=-1)
-
-    def _attend(self, attended: Attended, hidden: Tensor) -> Tensor:
-        """Weigh the memory by what `hidden` [B, H] asks for; return the context [B, M]."""
-        query = F.linear(hidden, self.attention_query).float()
-        # Autocast would round the memory anew at every step.
-        with torch.autocast(query.device.type, enabled=False):
-            energies = torch.tanh(attended.keys + query.unsqueeze(1))  # [B, S, H]
-            scores = energies @ self.attention_score.float() + attended.bias
-            return torch.bmm(scores.softmax(dim=-1).unsqueeze(1), attended.memory).squeeze(1)
-
     def _advance(
         self, cells: list[list[Tensor]], gates: Tensor, states: list[tuple[Tensor, ...]]
     ) -> list[tuple[Tensor, ...]]:
         """Take all layers a step on; `gates` [B, G] are of the first layer's input."""
-        step = _lstm_step if self.shape.cell == "lstm" else _gru_step
+        step = lstm_step if self.shape.cell == "lstm" else gru_step
         new: list[tuple[Tensor, ...]] = []
         for (weight, recurrent_weight, bias, recurrent_bias), state in zip(
             cells, states, strict=True
@@ -264,21 +251,6 @@ class RecurrentDecoder(nn.Module):
             recurrent = F.linear(state[0], recurrent_weight, recurrent_bias).float()
             new.append(step(gates, recurrent, state))
         return new
-
-
-def _lstm_step(gates: Tensor, recurrent: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """One step of an LSTM as torch's `nn.LSTM` has it; gates are input, forget, cell, output."""
-    enter, forget, candidate, leave = (gates + recurrent).chunk(4, dim=-1)
-    cell = forget.sigmoid() * state[1] + enter.sigmoid() * candidate.tanh()
-    return leave.sigmoid() * cell.tanh(), cell
-
-
-def _gru_step(gates: Tensor, recurrent: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """One step of a GRU as torch's `nn.GRU` has it; gates are reset, update, candidate."""
-    width = state[0].size(-1)
-    reset, update = (gates + recurrent)[:, : 2 * width].sigmoid().chunk(2, dim=-1)
-    candidate = (gates[:, 2 * width :] + reset * recurrent[:, 2 * width :]).tanh()
-    return (torch.lerp(candidate, state[0], update),)
 
 
 def _embed(table: Tensor, tokens: Tensor, module: RecurrentEncoder | RecurrentDecoder) -> Tensor:

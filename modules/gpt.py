@@ -250,8 +250,6 @@ class GPT(LightningModule):
             )
         return [
             {"prompt": text, "text": tokenizer.decode(tokens)}
-            for text, sequences in zip(
-                texts, self.generate(prompts, seed=self.seed), strict=True
-            )
+            for text, sequences in zip(texts, self.generate(prompts, seed=self.seed), strict=True)
             for tokens in sequences
         ]

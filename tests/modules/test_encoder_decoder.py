@@ -34,7 +34,12 @@ FACTS: dict[str, Any] = {
 SMALL: dict[str, dict[str, Any]] = {
     "tiny": {"num_heads": 2, "head_width": 8, "width": 16, "mlp_width": 32},
     "lstm_small": {"embedding_width": 12, "encoder_width": 8, "hidden_width": 16, "dropout": 0.0},
-    "gru_attention": {"embedding_width": 12, "encoder_width": 8, "hidden_width": 16, "dropout": 0.0},
+    "gru_attention": {
+        "embedding_width": 12,
+        "encoder_width": 8,
+        "hidden_width": 16,
+        "dropout": 0.0,
+    },
 }
 
 
@@ -42,9 +47,7 @@ def build(preset="tiny", **overrides: Any) -> EncoderDecoder:
     """A model with its initial values, as Lightning makes it before training."""
     small = {"preset": preset, "network": SMALL[preset], "schedule": {"name": "constant"}}
     module = OmegaConf.merge(OmegaConf.load(CONFIGURATION), small, overrides)
-    composed: Any = OmegaConf.to_container(
-        OmegaConf.merge(FACTS, {"module": module}), resolve=True
-    )
+    composed: Any = OmegaConf.to_container(OmegaConf.merge(FACTS, {"module": module}), resolve=True)
     settings = composed["module"]
     assert settings.pop("_target_") == "modules.encoder_decoder.EncoderDecoder"
     model = EncoderDecoder(**settings)
@@ -141,8 +144,7 @@ def test_every_parameter_has_one_role_and_an_initial_value_by_name(preset):
 def test_scheduled_teacher_forcing_changes_what_is_fed(preset):
     batch = make_batch()
     forced, free, mixed = (
-        build(preset, teacher_forcing={"start": share, "end": share})
-        for share in (1.0, 0.0, 0.5)
+        build(preset, teacher_forcing={"start": share, "end": share}) for share in (1.0, 0.0, 0.5)
     )
     losses = [model.training_step(batch, 0)["loss"].item() for model in (forced, free, mixed)]
     assert len(set(losses)) == 3
@@ -219,7 +221,7 @@ def test_validation_generates_what_generate_does():
     assert "val/bleu" in found
     sources = [row[mask].tolist()[:-1] for row, mask in zip(*_sources(batch), strict=True)]
     generated = model.generate(sources, seed=0)
-    assert [row[2] for row in model.rows] == Words().decode_batch([own for own, in generated])
+    assert [row[2] for row in model.rows] == Words().decode_batch([own for (own,) in generated])
     assert model.preview(Words())[0] == {
         "source": "source 0",
         "target": "1 2 3 4 5",
@@ -251,7 +253,7 @@ def test_batch_generation_equals_one_by_one(preset, settings):
         model.generate([source], seed=4 + row, **settings)[0] for row, source in enumerate(sources)
     ]
     assert together == single
-    assert max(len(own) for own, in together) > 1
+    assert max(len(own) for (own,) in together) > 1
 
 
 def test_several_sequences_of_a_source_are_other_draws():
@@ -273,14 +275,14 @@ def test_several_sequences_of_a_source_are_other_draws():
 )
 def test_impossible_setting_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        build(**settings) if "preset" not in settings else EncoderDecoder(
-            **_settings_of(settings)
-        )
+        build(**settings) if "preset" not in settings else EncoderDecoder(**_settings_of(settings))
 
 
 def _settings_of(settings):
     merged: Any = OmegaConf.to_container(
-        OmegaConf.merge(FACTS, {"module": OmegaConf.merge(OmegaConf.load(CONFIGURATION), settings)}),
+        OmegaConf.merge(
+            FACTS, {"module": OmegaConf.merge(OmegaConf.load(CONFIGURATION), settings)}
+        ),
         resolve=True,
     )
     return {key: value for key, value in merged["module"].items() if key != "_target_"}

@@ -20,6 +20,12 @@ from benchmarks.parity import (
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the ranks, on a busy machine long
 # A covering set: every strategy with each module, every mode of recomputation, with accumulation
 # and without; all combinations are behind the slow mark.
+PAIR_CELLS = [
+    *(Cell("encoder_decoder", name, micro=2) for name in ("ddp", "zero2", "fsdp")),
+    Cell("encoder_decoder", "zero3", recompute="full"),
+    *(Cell("lstm", name, micro=2) for name in ("ddp", "zero1", "zero3", "fsdp")),
+    Cell("lstm", "zero2", recompute="selective", micro=2),
+]
 EQUAL = [
     *(Cell("gpt", name, micro=None if name in ("zero1", "fsdp") else 2) for name in STRATEGIES),
     *(Cell("two_networks", name, micro=2) for name in STRATEGIES),
@@ -33,6 +39,7 @@ EQUAL = [
     Cell("frozen", "zero3", micro=2),
     *(Cell("given", name, micro=2) for name in ("zero1", "zero3")),
     Cell("let_go", "fsdp"),
+    *PAIR_CELLS,
     *(Cell("gpt", name, "bf16", micro=2) for name in ("ddp", "zero1", "zero3", "fsdp")),
     Cell("two_networks", "zero2", "bf16"),
     *(Cell("two_networks", name, "bf16", parameters="low") for name in ("zero1", "zero3")),
@@ -51,6 +58,7 @@ DIFFERENT = [
     Cell("two_networks", "zero2", control="two_backwards"),
     Cell("gpt", "zero2", control="no_clipping"),
     Cell("masked", "ddp", control="per_rank_mean"),
+    Cell("lstm", "zero1", micro=2, control="as_they_come"),
     Cell("two_networks", "fsdp", control="no_reshard"),
 ]
 # One step is left out, for the loss of one rank at it is no number.
@@ -70,6 +78,7 @@ REFUSED = [Cell("let_go", name) for name in ("ddp", "zero1", "zero3")]
 RESUMED = [
     *(Cell("gpt", name, "bf16", stop_at=5, optimizer="adamw") for name in STRATEGIES),
     *(Cell("two_networks", name, micro=2, stop_at=5) for name in ("zero2", "zero3", "fsdp")),
+    Cell("lstm", "zero3", "bf16", stop_at=5, optimizer="adamw"),
     *(Cell("two_networks", name, "fp16", stop_at=5) for name in ("ddp", "zero1", "zero3")),
     Cell("frozen", "zero1", "bf16", stop_at=5, parameters="low"),
     Cell("given", "zero3", "bf16", stop_at=5, parameters="low"),
