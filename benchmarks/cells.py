@@ -23,6 +23,12 @@ from trainers.metrics import read_metrics
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp")
 STEPS = 12
+PAIRS = {
+    "encoder_decoder": "tiny, network: {num_heads: 2, head_width: 8, width: 16, mlp_width: 32}",
+    "lstm": "lstm_small, network: "
+    "{embedding_width: 8, encoder_width: 8, hidden_width: 16, dropout: 0, attention: additive}",
+}
+"""Preset and sizes of the encoder-decoders, by the name that cells have for them."""
 VARIANTS = {
     "masked": "benchmarks.parity_ranks.MaskedGPT",
     "frozen": "benchmarks.parity_ranks.FrozenGPT",
@@ -38,7 +44,7 @@ class Cell:
     """One run of the matrix.
 
     Attributes:
-        module: `gpt`, one of `VARIANTS` of it, or `two_networks`.
+        module: `gpt`, one of `VARIANTS` of it, one of `PAIRS`, or `two_networks`.
         strategy: As `strategy=`.
         precision: As `precision=`.
         recompute: As `activation_checkpointing=`.
@@ -89,14 +95,13 @@ class Outcome:
 
 def configure(cell: Cell, folder: Path, ranks: int, accelerator: str) -> DictConfig:
     """Compose and complete the configuration of a cell."""
-    config = copy.deepcopy(_composed(cell.strategy))
+    config = copy.deepcopy(_composed(cell.strategy, PAIRS.get(cell.module)))
     settings = {
         "seed": cell.seed,
         "precision": cell.precision,
         "activation_checkpointing": cell.recompute,
         "runs_dir": str(folder / "runs"),
         "data_dir": str(folder / "data"),
-        "corpus.path": str(folder / "text.txt"),
         "run.name": cell.name,
         "trainer.devices": ranks,
         "trainer.accelerator": accelerator,
@@ -107,6 +112,10 @@ def configure(cell: Cell, folder: Path, ranks: int, accelerator: str) -> DictCon
         "module.optimizer.name": cell.optimizer,
         "module.optimizer.lr": 0.1 if cell.optimizer in ("sgd", "adamw") else 0.02,
     }
+    if cell.module in PAIRS:
+        settings |= {f"corpus.train.{side}": str(folder / side) for side in ("source", "target")}
+    else:
+        settings["corpus.path"] = str(folder / "text.txt")
     for key, value in settings.items():
         OmegaConf.update(config, key, value)
     if cell.module in VARIANTS:
@@ -125,10 +134,9 @@ def configure(cell: Cell, folder: Path, ranks: int, accelerator: str) -> DictCon
 
 
 @cache
-def _composed(strategy: str) -> DictConfig:
+def _composed(strategy: str, pairs: str | None) -> DictConfig:
     """What the cells of a strategy have in common; composing takes longer than some of them."""
     overrides = [
-        "experiment=gpt_char_cpu",
         f"strategy={strategy}",
         "trainer.timeout_s=120",
         f"trainer.val_every_steps={10 * STEPS}",
@@ -136,14 +144,29 @@ def _composed(strategy: str) -> DictConfig:
         "checkpoints.every_steps=null",
         "batch_samples=8",
         f"max_steps={STEPS}",
-        "datamodule.sequence_length=16",
-        "module.network={num_layers: 2, num_heads: 2, width: 32, dropout: 0.0}",
         "module.optimizer.gradient_clip=0.5",
         "module.schedule={name: constant, final_lr_fraction: null, warmup_samples: 0}",
+    ]
+    of_text = [
+        "experiment=gpt_char_cpu",
+        "datamodule.sequence_length=16",
+        "module.network={num_layers: 2, num_heads: 2, width: 32, dropout: 0.0}",
         "module.preview.max_new_tokens=1",
     ]
+    of_pairs = [
+        "experiment=translation_small",
+        "max_samples=null",
+        "corpus.tokenizer=char",
+        "corpus.lowercase=false",
+        "corpus.min_frequency=null",
+        "corpus.joint_vocabulary=true",
+        f"module={{preset: {pairs}}}",
+        "module.scores.names=[]",
+        "module.generation.max_new_tokens=12",
+        "datamodule.eval_pairs=2",
+    ]
     with hydra.initialize_config_module("conf", version_base=None):
-        return hydra.compose("train", overrides)
+        return hydra.compose("train", [*(of_pairs if pairs else of_text), *overrides])
 
 
 def _use_two_networks(config: DictConfig, cell: Cell) -> None:
@@ -179,9 +202,13 @@ def _train(cells: list[Cell], folder: Path, ranks: int) -> None:
 
 
 def write_text(folder: Path) -> None:
-    """Write the corpus that all cells train on."""
+    """Write what all cells train on: text, and pairs of very different lengths."""
     lines = (f"{i * i} little {i % 7} boats on {i % 11} seas.\n" for i in range(3000))
     (folder / "text.txt").write_text("".join(lines))
+    names = "red green blue sea boat wind".split()  # noqa: SIM905
+    words = [[names[(i * i + 3 * k) % 6] for k in range(1 + i % 7)] + [str(i)] for i in range(400)]
+    (folder / "source").write_text("".join(" ".join(line) + "\n" for line in words))
+    (folder / "target").write_text("".join(" ".join(line[::-2]) + "\n" for line in words))
 
 
 def start_ranks(program: str, arguments: list[str], ranks: int) -> None:

@@ -31,7 +31,9 @@ class ActivationCheckpointing(Callback):
     Modes: `none`; `full`, every block keeps its input alone; `every_<n>`, one block in n does;
     `selective`, every block keeps the results of matrix products and attention besides. Dropout is
     the same in the recomputation as in the forward pass. What `selective` keeps serves one backward
-    pass, so blocks of parts whose gradients are differentiated twice are recomputed in full.
+    pass, so blocks of parts whose gradients are differentiated twice are recomputed in full; so are
+    blocks that say `overwrites_products = True`, as those have to that call torch's recurrent
+    layers, which write over products on a CPU in a way that torch does not notice.
     """
 
     def __init__(self, mode: str):
@@ -59,7 +61,8 @@ class ActivationCheckpointing(Callback):
         }
         every = int(self.mode.removeprefix("every_")) if self.mode.startswith("every_") else 1
         for block in list(pl_module.blocks)[::every]:  # type: ignore[arg-type]
-            is_selective = self.mode == "selective" and block not in twice
+            is_kept = block not in twice and not getattr(block, "overwrites_products", False)
+            is_selective = self.mode == "selective" and is_kept
             context = _keeping_contexts if is_selective else noop_context_fn
             self._forwards.append((block, block.forward))
             block.forward = partial(_forward, block.forward, context)

@@ -241,3 +241,11 @@ def test_errors_name_key_value_and_remedy(
     for message, corpus in cases.items():
         with pytest.raises(ValueError, match=message):
             corpus.prepare(tmp_path / "data")
+
+
+def test_digests_stay_what_they_were(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
+    # Of data prepared before there were sentinels; another one would be prepared anew everywhere.
+    (path := tmp_path / "documents.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    fractions = {"val_fraction": 0.0, "test_fraction": 0.0}
+    corpus = make_corpus(path, tokenizer="bpe", vocab_size=258, **fractions)
+    assert corpus.prepare(tmp_path).facts["digest"] == "dcca7f553fb2"

@@ -1,110 +1,194 @@
-"""Objectives: against the paper's rules in plain Python, and the rows that went in."""
+"""Each way in which shards go bad, through each kind of sample, raised and substituted."""
 
-import itertools
-from collections import Counter
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from datamodules.corruption import PrefixLM, SpanCorruption, count_noise, lengths_for
-from datamodules.order import splitmix64
-from tests.datamodules.spans import END, SENTINELS, make_corruption, reassemble
-
-L = 40
-
-
-def make_keys(count: int) -> np.ndarray:
-    return splitmix64(np.arange(count, dtype=np.uint64))
-
-
-def plain_corruption(row: list[int], is_noise: list[bool]) -> tuple[list[int], list[int]]:
-    """Section 3.1.4 in words: a span becomes one sentinel; the target spells the spans out."""
-    source, target, number = [], [], -1
-    for place, (token, noise) in enumerate(zip(row, is_noise, strict=True)):
-        if noise and not (place and is_noise[place - 1]):
-            number += 1
-            source.append(SENTINELS[number])
-            target.append(SENTINELS[number])
-        (target if noise else source).append(token)
-    return [*source, END], [*target, END]
-
-
-@pytest.mark.parametrize(
-    ("row_length", "density", "mean_span"),
-    [(568, 0.15, 3), (40, 0.15, 3), (64, 0.5, 1), (13, 0.9, 2), (2, 0.15, 3), (30, 0.3, 100)],
+from datamodules.index import Index, read_index
+from datamodules.loader import EvaluationLoader, TrainLoader, order_of
+from datamodules.pack import PackedRows
+from datamodules.reader import BadSamples
+from datamodules.rows import TextRows
+from datamodules.samples import StoredSamples
+from datamodules.tar import BadSampleError
+from datamodules.workers import SampleSource
+from tests.datamodules.damages import (
+    CHUNKS,
+    DAMAGES,
+    NUM_SHARDS,
+    SECOND,
+    Damage,
+    edit,
+    flipped_size,
+    intact,
+    newer_of_equal_size,
+    truncated_in_a_member,
+    write_dataset,
 )
-def test_span_corruption_equals_the_paper_in_plain_python(
-    row_length: int, density: float, mean_span: float
+
+
+class TokensCodec:
+    """A codec of samples: their tokens."""
+
+    def decode(self, members: Mapping[str, memoryview], key: np.uint64 | None) -> list[int]:
+        content = bytes(members["tokens.npy"])
+        if content[:6] != b"\x93NUMPY":
+            raise ValueError("no array")
+        tokens = np.frombuffer(content[128:], "<u2")
+        if b"<u2" not in content[:128]:
+            raise ValueError("holds uint32, not uint16")
+        return tokens.tolist()
+
+    def collate(self, samples: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+        return {"inputs": torch.tensor(samples)}
+
+    def pad(self, batch: dict[str, torch.Tensor], num_samples: int) -> None:
+        batch["inputs"][num_samples:] = -1
+
+
+def text(index: Index, bad: BadSamples) -> SampleSource:
+    return TextRows(index, sequence_length=16, document_mask=True, seed=1, bad_samples=bad)
+
+
+def packed(index: Index, bad: BadSamples) -> SampleSource:
+    return PackedRows(index, sequence_length=64, end_token=9, bad_samples=bad)
+
+
+def stored(index: Index, bad: BadSamples) -> SampleSource:
+    return StoredSamples(index, TokensCodec(), seed=1, bad_samples=bad)
+
+
+SOURCES = [text, packed, stored]
+MakeSource = Callable[[Index, BadSamples], SampleSource]
+
+
+def evaluate(source: SampleSource, world: int = 1) -> list[list[dict[str, torch.Tensor]]]:
+    return [
+        list(EvaluationLoader(source, micro_batch=1, max_samples=None, rank=r, world_size=world))
+        for r in range(world)
+    ]
+
+
+def train(source: SampleSource, rank: int = 0, world: int = 1, workers: int = 0) -> TrainLoader:
+    """Two epochs, and a step of the third."""
+    order = order_of(source, seed=0, batch_samples=4, window_mb=1, tail="carry")
+    num_samples = 2 * int(source.samples_per_block.sum()) // 4 * 4 + 4
+    return TrainLoader(
+        source,
+        order,
+        batch_samples=4,
+        micro_batch=1,
+        max_samples=num_samples,
+        num_workers=workers,
+        repeat_first_batch=False,
+        rank=rank,
+        world_size=world,
+    )
+
+
+def equal(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, list):
+        return len(ours) == len(theirs) and all(map(equal, ours, theirs))
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("make", SOURCES)
+def test_bad_sample_is_raised_with_shard_key_offset_and_remedy(
+    make: MakeSource, damage: Callable[[Path], Damage], tmp_path: Path
 ) -> None:
-    rows = np.random.default_rng(0).integers(0, 60_000, (50, row_length))
-    objective, keys = make_corruption(row_length, density, mean_span), make_keys(50)
-    made, noise = objective.corrupt(rows, keys), objective.find_noise(keys)
-    num_noise, num_spans = count_noise(row_length, density, mean_span)
-    assert (noise.sum(1) == num_noise).all()
-    begins = noise & ~np.pad(noise, ((0, 0), (1, 0)))[:, :-1]
-    assert (begins.sum(1) == num_spans).all()
-    assert not noise[:, 0].any()
-    assert noise[:, -1].all()
-    for n in range(50):
-        source, target = made.source[n].tolist(), made.target[n].tolist()
-        assert (source, target) == plain_corruption(rows[n].tolist(), noise[n].tolist())
-        assert reassemble(source, target) == rows[n].tolist()
-    assert (made.source_lengths == made.source.shape[1]).all()
-    assert (objective.count_targets(keys) == made.target.shape[1]).all()
+    index, (_, message) = damage(tmp_path / "train")
+    source = make(index, BadSamples("raise", 0))
+    with pytest.raises(BadSampleError, match=message) as caught:
+        evaluate(source)
+    assert re.search(rf"-> .*\(shard {SECOND}, ", str(caught.value))
+    assert str(caught.value).startswith(f"data set {tmp_path / 'train'}: ")
 
 
-def test_every_corruption_of_a_row_is_as_likely() -> None:
-    objective = make_corruption(10, density=0.4, mean_span=2)  # 4 tokens in 2 spans
-    num_keys = 30_000
-    found = Counter(map(tuple, objective.find_noise(make_keys(num_keys)).tolist()))
-    expected = set()
-    for text, span in itertools.product(range(1, 6), range(1, 4)):
-        lengths = [text, span, 6 - text, 4 - span]
-        expected.add(tuple(bool(n % 2) for n, length in enumerate(lengths) for _ in range(length)))
-    assert found.keys() == expected
-    mean = num_keys / len(expected)
-    assert all(abs(count - mean) < 5 * mean**0.5 for count in found.values())
+@pytest.mark.parametrize("damage", [intact, *DAMAGES])
+@pytest.mark.parametrize("make", SOURCES)
+def test_bad_sample_is_substituted_by_the_next(
+    make: MakeSource,
+    damage: Callable[[Path], Damage],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    index, (bad, _) = damage(tmp_path / "train")
+    every = range(NUM_SHARDS * CHUNKS)
+    substitutes = {n: next(m % 8 for m in range(n + 1, n + 8) if m % 8 not in bad) for n in bad}
+    # As if the others had been written in their places: no position shifts.
+    reference = make(write_dataset(tmp_path / "reference", substitutes), BadSamples("raise", 0))
+    policy = BadSamples("substitute", len(bad), tmp_path / "bad_samples.jsonl")
+    assert equal(evaluate(make(index, policy)), evaluate(reference))
+    assert equal(evaluate(make(index, policy), 3), evaluate(reference, 3))
+    (tmp_path / "bad_samples.jsonl").unlink(missing_ok=True)
+
+    whole = train(make(index, policy))
+    with caplog.at_level(logging.WARNING):
+        caplog.clear()
+        batches = list(whole)
+    assert equal(batches, list(train(reference)))
+    assert whole.counters()["bad_samples"] == len(bad) == len(caplog.records)
+    if bad:
+        listed = [json.loads(s) for s in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+        assert {line["sample"]: line["substitute"] for line in listed} == substitutes
+        assert len(listed) == len(bad)
+        assert all(SECOND in line["why"] for line in listed)
+    by_rank = [list(train(make(index, policy), rank, 2)) for rank in range(2)]
+    of_two = [batch for pair in zip(*by_rank, strict=True) for batch in pair]
+    assert equal(of_two, batches)
+    assert len(bad) < len(every)
 
 
-def test_lengths_are_those_of_t5() -> None:
-    assert lengths_for(512, 0.15, 3) == (568, 114)
-    assert count_noise(568, 0.15, 3) == (85, 28)
-    for arguments in itertools.product((3, 20, 333), (0.15, 0.3, 0.5), (3, 3.5)):
-        row_length, target_length = lengths_for(*arguments)
-        made = make_corruption(row_length, *arguments[1:]).corrupt(
-            np.zeros((1, row_length), np.int64), make_keys(1)
-        )
-        longer = count_noise(row_length + 1, *arguments[1:])
-        assert made.source.shape[1] == arguments[0]
-        assert made.target.shape[1] == target_length
-        assert row_length + 1 - longer[0] + longer[1] + 1 > arguments[0]
-    for arguments, message in (
-        ((2, 0.15, 3), "source_length=2 -> a token, a sentinel and an end token are 3"),
-        ((512, 1.0, 3), "noise_density=1.0 -> "),
-        ((512, 0.15, 0.5), "mean_span_length=0.5 -> "),
-    ):
-        with pytest.raises(ValueError, match=message):
-            lengths_for(*arguments)
+@pytest.mark.parametrize("make", SOURCES)
+def test_substitution_is_the_same_in_worker_processes(make: MakeSource, tmp_path: Path) -> None:
+    index, (bad, _) = flipped_size(tmp_path / "train")
+    policy = BadSamples("substitute", len(bad))
+    loader = train(make(index, policy), workers=2)
+    assert equal(list(loader), list(train(make(index, policy))))
+    assert len(bad) <= loader.counters()["bad_samples"] <= 2 * len(bad)  # met by one or both
 
 
-def test_too_few_sentinels_are_refused_with_the_number_it_takes() -> None:
-    message = r"corpus.num_sentinels=27 -> .* 568 tokens.* 28 spans -> set corpus.num_sentinels=28"
+@pytest.mark.parametrize("make", SOURCES)
+def test_substitution_ends_at_its_limit(make: MakeSource, tmp_path: Path) -> None:
+    index, (bad, _) = newer_of_equal_size(tmp_path / "train")
+    message = rf"max_bad_samples={len(bad) - 1} -> one more sample is bad: .*shard {SECOND}, key"
+    with pytest.raises(BadSampleError, match=message):
+        evaluate(make(index, BadSamples("substitute", len(bad) - 1)))
+
+
+def test_data_of_nothing_but_bad_samples_is_raised(tmp_path: Path) -> None:
+    index = write_dataset(tmp_path / "train")
+    for shard in (tmp_path / "train").glob("*.tar"):
+        shard.unlink()
+    with pytest.raises(BadSampleError, match=r"No such file .*\(shard train-000000.tar"):
+        evaluate(stored(index, BadSamples("substitute", 100)))
+
+
+@pytest.mark.parametrize("allow_short", [False, True])
+def test_absent_and_grown_shards_are_refused_at_the_start(
+    allow_short: bool, tmp_path: Path
+) -> None:
+    write_dataset(tmp_path / "train")
+    size = (tmp_path / "train" / SECOND).stat().st_size
+    edit(tmp_path / "train" / SECOND, lambda content: content + bytes(512))
+    message = rf"bytes in the index {size}, found {size + 512} .*\(shard {SECOND}\)"
     with pytest.raises(ValueError, match=message):
-        SpanCorruption(568, density=0.15, mean_span=3, sentinels=[*range(27)], end_token=END)
+        read_index(tmp_path / "train", allow_short=allow_short)
+    (tmp_path / "train" / SECOND).unlink()
+    with pytest.raises(ValueError, match=rf"no such file .*\(shard {SECOND}\)"):
+        read_index(tmp_path / "train", allow_short=allow_short)
 
 
-def test_prefixes_are_of_every_length_and_their_rest_is_the_target() -> None:
-    objective, keys = PrefixLM(L, end_token=END), make_keys(20_000)
-    rows = np.tile(np.arange(L), (len(keys), 1)) + 100 * (np.arange(len(keys)) % 600)[:, None]
-    made = objective.corrupt(rows, keys)
-    assert (objective.count_targets(keys) == made.target_lengths).all()
-    for row, source, length, target, target_length in zip(rows.tolist(), *made, strict=True):
-        source, target = source[:length].tolist(), target[:target_length].tolist()
-        assert source[-1] == target[-1] == END
-        assert source[:-1] + target[:-1] == row
-        assert len(source) > 1
-        assert len(target) > 1
-    counts = Counter((made.source_lengths - 1).tolist())
-    assert sorted(counts) == [*range(1, L)]
-    mean = len(keys) / (L - 1)
-    assert all(abs(count - mean) < 5 * mean**0.5 for count in counts.values())
+def test_shard_cut_short_is_refused_unless_its_samples_are_substituted(tmp_path: Path) -> None:
+    index, _ = truncated_in_a_member(tmp_path / "train")
+    with pytest.raises(ValueError, match=rf"bytes in the index .*\(shard {SECOND}\)"):
+        read_index(tmp_path / "train")
+    assert read_index(tmp_path / "train", allow_short=True).digest == index.digest

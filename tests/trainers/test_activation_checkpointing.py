@@ -107,6 +107,33 @@ def test_selective_recomputes_in_full_what_is_differentiated_twice(has_parts):
             torch.testing.assert_close(one.grad, other.grad)
 
 
+class Recurrent(nn.Module):
+    overwrites_products = True
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.GRU(4, 8)
+        self.blocks = [self]
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+def test_selective_recomputes_in_full_what_overwrites_its_products(monkeypatch):
+    x = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(1))
+
+    def gradients(mode):
+        model = Recurrent()
+        ActivationCheckpointing(mode).setup(None, model, "fit")
+        gradients = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    assert torch.equal(gradients("selective"), gradients("none"))
+    monkeypatch.setattr(Recurrent, "overwrites_products", False)  # the control
+    assert (gradients("selective") - gradients("none")).abs().max() > 0.1
+
+
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="activation_checkpointing=every_0 -> no such mode"):
         ActivationCheckpointing("every_0")
