@@ -13,7 +13,6 @@ from modules.encoder_decoder_blocks import (
     DecoderBlock,
     EncoderBlock,
     EncoderDecoderCache,
-    Rotary,
     make_norm,
 )
 from modules.encoder_decoder_presets import EncoderDecoderShape
@@ -193,7 +192,7 @@ class TransformerNetwork(nn.Module):
             x = x + sinusoids(positions, self.shape.width)
         return self.dropout(x)
 
-    def _rotary(self, positions: Tensor) -> Rotary | None:
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.shape.positions != "rope":
             return None
         return rotary_tables(positions, self.shape.head_width, ROPE_BASE)
