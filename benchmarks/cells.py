@@ -22,7 +22,7 @@ from launch.train import complete
 from trainers.metrics import read_metrics
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp")
-STEPS = 12
+STEPS = 8
 VARIANTS = {
     "masked": "benchmarks.parity_ranks.MaskedGPT",
     "frozen": "benchmarks.parity_ranks.FrozenGPT",
