@@ -22,7 +22,7 @@ from launch.train import complete
 from trainers.metrics import read_metrics
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp")
-STEPS = 12
+STEPS = 8
 PAIRS = {
     "encoder_decoder": "tiny, network: {num_heads: 2, head_width: 8, width: 16, mlp_width: 32}",
     "lstm": "lstm_small, network: "

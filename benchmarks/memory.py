@@ -30,7 +30,7 @@ from benchmarks.cells import STRATEGIES, Cell, configure, start_ranks, write_tex
 from launch.run_directory import RunDirectory
 from trainers.strategies.memory import bytes_per_parameter
 
-STEP = 2
+STEP = 1
 KINDS: tuple[str, ...] = ("parameters", "gradients", "masters", "optimizer")
 BUCKET = 10_000
 """Elements of DeepSpeed's buffers, which count as gradients."""

@@ -27,7 +27,7 @@ from modules.gpt import GPT
 from trainers.strategies.parts import PartsStrategy
 from trainers.strategies.whole_state import WholeState
 
-SPOILED_STEP, LET_GO_AFTER = 4, 6
+SPOILED_STEP, LET_GO_AFTER = 2, 4
 
 
 class MaskedGPT(GPT):

@@ -29,7 +29,7 @@ from modules.muon import MuonAdamW
 
 MATRICES = [(12, 20), (20, 12), (12, 20), (7, 5), (12, 20), (13, 32), (1, 6), (20, 12)]
 OTHERS = [(9, 4), (5,), (3,)]
-NUM_STEPS = 7
+NUM_STEPS = 5
 RATES = {"matrix": 0.02, "other": 0.01}
 STATE = {
     "muon": ["momentum_buffer"],
@@ -203,7 +203,7 @@ def _fsdp(make, mesh_shape=None, vetoed=(), placement=None, through_state=False)
                 weight.grad.fill_(float("nan"))
         optimizer.step()
         optimizer.zero_grad()
-        if through_state and step == 3:
+        if through_state and step == 2:
             saved = state_dict.get_optimizer_state_dict(model, optimizer, options=options)
             whole = torch.distributed.get_rank() == 0
             options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -246,7 +246,7 @@ def _run(case):
     modules.muon.orthogonalise_stretches = (
         _stretches_alone if "alone" in words else modules.newton_schulz.orthogonalise_stretches
     )
-    vetoed = (0, 4) if "veto" in words else ()
+    vetoed = (0, 3) if "veto" in words else ()
     optimizer = next((word for word in words if word in STATE), "muon")
     make = partial(Linear if "linear" in words else Weights, optimizer)
     if strategy == "fsdp":

@@ -93,12 +93,27 @@ def import_deepspeed(device_type: str) -> Any:
 
     # An operator for inference on CPU: compiling it takes a minute and training never calls it.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore
+    _import_muon_uncompiled()
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # It refuses fp16 on CPUs that have no instructions for it, where torch is slow and correct.
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True  # type: ignore
     # Of torch 2.13 about names that DeepSpeed 0.19 uses, at every call.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated")
     return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's own Muon, as every engine of it does, without compiling it.
+
+    Nothing here calls it, and importing the compiler takes 1.2 s at every start.
+    """
+    compiler = importlib.import_module("deepspeed.runtime.compiler")
+    compile_ = compiler.compile
+    compiler.compile = lambda: lambda function: function  # type: ignore[attr-defined]
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_  # type: ignore[attr-defined]
 
 
 def read_scale(scaler: Any) -> dict[str, Any]:
