@@ -63,9 +63,13 @@ def test_training_rows_begin_elsewhere_in_each_epoch(index: Index) -> None:
 def test_padding_rows_predict_nothing(index: Index) -> None:
     rows = make_rows(index)
     (batch,) = rows.batches(rows.plan(None, np.array([0, 0]), np.array([0, 0]))[None])
+    rows.pad(batch, 2)
+    assert (batch["targets"] == batch["inputs"] + 1).all()
     rows.pad(batch, 1)
-    assert (batch["targets"][0] != IGNORED).all()
+    assert (batch["targets"][0] == batch["inputs"][0] + 1).all()
     assert (batch["targets"][1] == IGNORED).all()
+    # Inputs share their memory with the targets that were read.
+    assert (batch["inputs"] == torch.arange(64)).all()
 
 
 def test_batches_read_together_equal_batches_read_alone(
