@@ -72,7 +72,8 @@ class TextRows:
             "sequence_length": sequence_length,
             "packing": "cut",
         }
-        self.samples_per_block: Int64Array = (lengths - 1) // sequence_length
+        # A chunk may be empty: of white space a tokenizer may make no token.
+        self.samples_per_block: Int64Array = np.maximum(lengths - 1, 0) // sequence_length
         self.sample_bytes = sequence_length * self._dtype.itemsize
         if not self.samples_per_block.any():
             raise ValueError(

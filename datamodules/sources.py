@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datamodules.index import digest_file, write_atomically
 from datamodules.lines import COMPRESSED, JSONL, read_lines, suffix_of
@@ -80,6 +81,12 @@ def list_files(path: str, suffixes: list[str]) -> list[SourceFile]:
             f"corpus.path={path} -> no such file or folder -> give a text file, a folder, a file "
             f"ending in {', '.join(RECORDS)}, or {STDLIB}"
         )
+    for file in files:
+        if not file.exists():
+            raise ValueError(
+                f"corpus.path={path} -> {file} is a link to nothing -> restore what it points to, "
+                "or remove it"
+            )
     files = [file for file in files if file.stat().st_size]
     if not files:
         raise ValueError(
@@ -169,9 +176,7 @@ def _walk(root: Path, suffixes: list[str], excluded: set[str]) -> Iterator[Path]
 def _cut_file(path: Path, unit_bytes: int) -> Iterator[Piece]:
     size = path.stat().st_size
     if (suffix := suffix_of(path)) == PARQUET:
-        from pyarrow import parquet  # slow to import, and rarely needed
-
-        metadata = parquet.read_metadata(path)
+        metadata = _open_parquet(path).metadata
         for group in range(metadata.num_row_groups):
             num_bytes = metadata.row_group(group).total_byte_size
             yield Piece(path, group, group + 1, num_bytes, None)
@@ -248,14 +253,24 @@ def _read_jsonl(piece: Piece, text_key: str) -> Iterator[str]:
 
 
 def _read_parquet(piece: Piece, text_key: str) -> Iterator[str]:
-    from pyarrow import parquet
-
-    file = parquet.ParquetFile(piece.path)
+    file = _open_parquet(piece.path)
     if text_key not in file.schema_arrow.names:
         raise _no_text(text_key, str(piece.path), file.schema_arrow.names)
     for group in range(piece.start, piece.stop):
         for record in file.read_row_group(group, columns=[text_key]).to_pylist():
             yield _text_of(record, text_key, f"{piece.path}, row group {group}")
+
+
+def _open_parquet(path: Path) -> Any:
+    from pyarrow import ArrowInvalid, parquet  # slow to import, and rarely needed
+
+    try:
+        return parquet.ParquetFile(path)
+    except ArrowInvalid as err:
+        raise ValueError(
+            f"corpus.path: {path} -> is no Parquet file ({err}) -> it is damaged or cut short: "
+            "fetch it again"
+        ) from err
 
 
 def _text_of(record: object, text_key: str, place: str) -> str:

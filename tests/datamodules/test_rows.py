@@ -99,6 +99,14 @@ def test_documents_count_from_each_end_token_on(index: Index, epoch: int | None)
     assert batch["documents"].max() >= 2
 
 
+def test_chunks_without_a_token_have_no_rows(
+    make_dataset: Callable[..., Index], tmp_path: Path
+) -> None:
+    rows = make_rows(make_dataset(tmp_path / "train", [[100, 0], [0, 130]]))
+    assert rows.samples_per_block.tolist() == [1, 0, 0, 2]
+    assert read(rows, None, [(0, 0), (3, 1)])["inputs"][:, 0].tolist() == [0, 164]
+
+
 def test_data_without_a_row_is_refused_with_both_lengths(index: Index) -> None:
     message = r"datamodule.sequence_length=1000 -> .* whose longest chunk has 1000 ->"
     with pytest.raises(ValueError, match=message):
