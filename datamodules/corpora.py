@@ -101,6 +101,7 @@ class Corpus:
             ValueError: the corpus is missing, empty, unreadable or too small for its splits, or a
                 setting is impossible; the message names the key.
         """
+        self._check_sizes()
         self._check_fractions()
         self._check_cleaning()
         data_dir = Path(data_dir)
@@ -113,6 +114,15 @@ class Corpus:
                     self._build(files, path, digest)
         facts = json.loads((path / FACTS_FILE).read_bytes())
         return PreparedData(path, {"path": str(path), **facts})
+
+    def _check_sizes(self) -> None:
+        # A part of no byte would never end.
+        least = {"chunk_kb": 1, "shard_mb": 2**-20, "seed": 0}
+        for key, smallest in least.items():
+            if (value := getattr(self, key)) < smallest:
+                raise ValueError(
+                    f"corpus.{key}={value} -> it is a number -> use {smallest} or more"
+                )
 
     def _check_fractions(self) -> None:
         if min(self.val_fraction, self.test_fraction) < 0 or not (

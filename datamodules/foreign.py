@@ -32,7 +32,7 @@ from datamodules.index import (
     write_index,
 )
 from datamodules.processes import run_tasks
-from datamodules.remote import is_sequential
+from datamodules.remote import is_remote, is_sequential
 from datamodules.tar import BadSampleError, StoredSample, check_members, read_samples
 from datamodules.write import BLOCK_BYTES
 
@@ -114,10 +114,15 @@ def list_shards(source: str | Sequence[str]) -> list[Path]:
     """Find shards: those of a folder and of a glob by name, lists as they are.
 
     Raises:
-        ValueError: there are none, or one twice.
+        ValueError: there are none, one is not local, or one comes twice.
     """
     found: list[Path] = []
     for name in [source] if isinstance(source, str) else source:
+        if is_remote(name):
+            raise ValueError(
+                f"index={name} -> shards are read from their begin to their end to be indexed -> "
+                "write the index where a copy of them is local, and put it beside them"
+            )
         if Path(name).is_dir():
             paths = sorted(path for path in Path(name).iterdir() if path.name.endswith(SUFFIXES))
         else:

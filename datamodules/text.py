@@ -13,9 +13,12 @@ from datamodules.loader import order_of
 from datamodules.order import RunOrder
 from datamodules.pack import PackedRows
 from datamodules.rows import TextRows
+from datamodules.settings import check_choice
 from datamodules.stream import StreamDataModule
 from datamodules.tokenization import load_tokenizer
 from datamodules.workers import SampleSource
+
+PACKINGS = ("cut", "best_fit")
 
 
 class TextDataModule(StreamDataModule):
@@ -42,8 +45,12 @@ class TextDataModule(StreamDataModule):
         **stream: Any,
     ) -> None:
         super().__init__(**stream)
-        if packing not in ("cut", "best_fit"):
-            raise ValueError(f"datamodule.packing={packing} -> unknown -> choose cut or best_fit")
+        check_choice("packing", packing, PACKINGS)
+        if not isinstance(sequence_length, int) or sequence_length < 1:
+            raise ValueError(
+                f"datamodule.sequence_length={sequence_length} -> it is a whole number -> use 1 or "
+                "more"
+            )
         self._corpus, self._data_dir = corpus, data_dir
         self._sequence_length, self._document_mask = sequence_length, document_mask
         self._packing = packing

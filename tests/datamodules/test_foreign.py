@@ -263,5 +263,7 @@ def test_shards_are_listed_by_name_and_lists_as_they_are(tmp_path: Path) -> None
     assert [path.name for path in list_shards(both)] == ["b.tar", "a.tar.gz"]
     with pytest.raises(ValueError, match=r"index=.*none\*.tar -> there is no shard"):
         list_shards(str(tmp_path / "none*.tar"))
+    with pytest.raises(ValueError, match=r"index=s3://a/b.tar -> .* where a copy .* is local"):
+        list_shards([str(tmp_path / "b.tar"), "s3://a/b.tar"])
     with pytest.raises(ValueError, match=r"names .*b.tar more than once -> "):
         list_shards([*both, str(tmp_path)])
