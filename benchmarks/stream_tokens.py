@@ -1,8 +1,9 @@
-"""Readers of rows of tokens: int64 `inputs` and `targets` [B, T], both of them copies everywhere.
+"""Readers of rows of tokens: int64 `inputs` and `targets` [B, T].
 
-memory map      one flat file of tokens, rows at random places, one vectorised copy per batch
+memory map      one flat file of tokens, rows at random places, one vectorised copy per batch, of
+                which inputs and targets are views
 nanoGPT form    the same file, a row at a time: two slices, two conversions, two stacks
-ours            our loader in this process: shuffled, resumable, over shards
+ours            our loader in this process: shuffled, resumable, over shards; views of a copy too
 ours, masks     the same with document numbers
 ours, packed    whole documents, best-fit in rows, with document numbers
 webdataset      the stock library on the same shards, rows cut from each chunk in sequence

@@ -14,6 +14,8 @@ IGNORED = -100
 class TextBatch(TypedDict):
     """Rows of text for a decoder: `targets[b, t]` is the token that follows `inputs[b, t]`.
 
+    Both may be views of the same memory, so that neither is contiguous nor to be written into.
+
     Rows that only pad the last batch of an evaluation have `IGNORED` in every target, so a metric
     that sums over targets other than `IGNORED` counts every sample exactly once.
     """

@@ -21,6 +21,7 @@ from datamodules.preparation import (
     TRAINING_BYTES,
     UNITS_FOLDER,
     check_fractions,
+    check_sizes,
     check_splits,
     count_splits,
     prepare_once,
@@ -108,6 +109,7 @@ class Corpus:
             ValueError: the corpus is missing, empty, unreadable or too small for its splits, or a
                 setting is impossible; the message names the key.
         """
+        check_sizes(self.chunk_kb, self.shard_mb, self.seed)
         check_fractions(self.val_fraction, self.test_fraction)
         check_sentinels(self.num_sentinels)
         self._check_cleaning()

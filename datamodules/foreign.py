@@ -27,11 +27,12 @@ from datamodules.index import (
     ShardFacts,
     checksum,
     digest_file,
+    read_facts,
     write_atomically,
     write_index,
 )
 from datamodules.processes import run_tasks
-from datamodules.remote import is_sequential
+from datamodules.remote import is_remote, is_sequential
 from datamodules.tar import BadSampleError, StoredSample, check_members, read_samples
 from datamodules.write import BLOCK_BYTES
 
@@ -86,9 +87,8 @@ def index_shards(source: str | Sequence[str], out: str | None, num_processes: in
     root = Path(os.path.commonpath([path.parent for path in shards]))
     folder = Path(out) if out else root
     urls = [path.relative_to(root).as_posix() for path in shards]
-    if _is_indexed(
-        folder, [(url, path.stat().st_size) for path, url in zip(shards, urls, strict=True)]
-    ):
+    sizes = [path.stat().st_size for path in shards]
+    if _is_indexed(folder, root, list(zip(urls, sizes, strict=True))):
         return folder
     units = folder / _UNITS_FOLDER
     units.mkdir(parents=True, exist_ok=True)
@@ -100,8 +100,11 @@ def index_shards(source: str | Sequence[str], out: str | None, num_processes: in
     run_tasks(_read_shard, tasks, num_processes, f"Indexing {root.name}", done=_is_read)
     found = [json.loads(task.facts.read_bytes()) for task in tasks]
     facts = [ShardFacts(**{**f["facts"], "shard": Shard(**f["facts"]["shard"])}) for f in found]
+    (folder / INDEX_FILE).unlink(missing_ok=True)  # of other shards, until this one is complete
     if folder.resolve() != root.resolve():
         write_atomically(folder / ORIGIN_FILE, f"{root}\n".encode())
+    else:
+        (folder / ORIGIN_FILE).unlink(missing_ok=True)
     write_index(folder, schema=_merge_schemas(found), tokenizer=None, shards=facts)
     shutil.rmtree(units)
     return folder
@@ -111,14 +114,21 @@ def list_shards(source: str | Sequence[str]) -> list[Path]:
     """Find shards: those of a folder and of a glob by name, lists as they are.
 
     Raises:
-        ValueError: there are none, or one twice.
+        ValueError: there are none, one is not local, or one comes twice.
     """
     found: list[Path] = []
     for name in [source] if isinstance(source, str) else source:
+        if is_remote(name):
+            raise ValueError(
+                f"index={name} -> shards are read from their begin to their end to be indexed -> "
+                "write the index where a copy of them is local, and put it beside them"
+            )
         if Path(name).is_dir():
             paths = sorted(path for path in Path(name).iterdir() if path.name.endswith(SUFFIXES))
         else:
-            paths = [Path(path) for path in sorted(glob.glob(name, recursive=True))]
+            # A name with brackets is a glob that does not match itself.
+            names = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
+            paths = [Path(path) for path in names]
         if not paths:
             raise ValueError(
                 f"index={name} -> there is no shard: no such file, or no file ending in "
@@ -133,13 +143,20 @@ def list_shards(source: str | Sequence[str]) -> list[Path]:
     return found
 
 
-def _is_indexed(folder: Path, shards: list[tuple[str, int]]) -> bool:
-    """Tell whether there is an index of these shards, by their urls and sizes."""
+def _is_indexed(folder: Path, root: Path, shards: list[tuple[str, int]]) -> bool:
+    """Tell whether a folder has an index of these shards, by their place, names and sizes.
+
+    Raises:
+        ValueError: the index that it has was written by something else.
+    """
     if not (folder / INDEX_FILE).exists():
         return False
-    index = json.loads((folder / INDEX_FILE).read_bytes())
+    index, _ = read_facts(folder)
+    origin = folder / ORIGIN_FILE
+    base = Path(origin.read_text().strip()) if origin.exists() else folder
     known = [(shard["url"], shard["bytes"]) for shard in index["shards"]]
-    return index["version"] == INDEX_VERSION and known == shards
+    is_same = base.resolve() == root.resolve() and known == shards
+    return is_same and index["version"] == INDEX_VERSION
 
 
 def _read_shard(task: ShardTask) -> None:

@@ -14,6 +14,7 @@ Tables of samples and documents are mapped, not read, so that 10^9 samples cost 
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ def digest_file(path: Path) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file beside its place and rename it, so that a reader sees all of it or none."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")  # pids meet across nodes
     temporary.write_bytes(content)
     temporary.replace(path)
 
@@ -170,7 +171,8 @@ def read_index(path: Path, *, allow_short: bool = False) -> Index:
         ValueError: the index is missing, of another version, or does not match a table or shard;
             the message names the file and both values.
     """
-    facts, digest = _read_facts(path)
+    facts, digest = read_facts(path)
+    _check_version(path, facts)
     origin = path / ORIGIN_FILE
     base = origin.read_text().strip() if origin.exists() else str(path)
     shards = tuple(
@@ -226,7 +228,12 @@ def _locate(base: str, url: str) -> str:
     return f"{base.rstrip('/')}/{url}"
 
 
-def _read_facts(path: Path) -> tuple[dict[str, Any], str]:
+def read_facts(path: Path) -> tuple[dict[str, Any], str]:
+    """Read `index.json` as it is written, of any version, and its digest.
+
+    Raises:
+        ValueError: there is none, or it was written by something else.
+    """
     try:
         content = (path / INDEX_FILE).read_bytes()
     except FileNotFoundError as err:
@@ -234,14 +241,24 @@ def _read_facts(path: Path) -> tuple[dict[str, Any], str]:
             f"data set {path}: there is no {INDEX_FILE} -> its samples cannot be found -> prepare "
             "the corpus again, or write it for shards that are there (launch.prepare index=)"
         ) from err
-    facts = json.loads(content)
+    try:
+        facts = json.loads(content)
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict) or not {"version", "schema", "shards"} <= facts.keys():
+        raise ValueError(
+            f"{path / INDEX_FILE}: it is damaged or of another library -> samples cannot be found "
+            "by it -> restore it, or write one of tar shards elsewhere (launch.prepare index= out=)"
+        )
+    return facts, digest_bytes(content)
+
+
+def _check_version(path: Path, facts: dict[str, Any]) -> None:
     if facts["version"] != INDEX_VERSION:
         raise ValueError(
             f"{path / INDEX_FILE}: version={facts['version']} -> this code reads version "
-            f"{INDEX_VERSION} -> prepare the corpus anew, or delete the index and write it again "
-            "(launch.prepare index=)"
+            f"{INDEX_VERSION} -> prepare the corpus or write the index anew (launch.prepare index=)"
         )
-    return facts, digest_bytes(content)
 
 
 def _map_table(path: Path, name: str, count: int, facts: dict[str, Any]) -> NDArray[np.uint32]:

@@ -16,8 +16,22 @@ from typing import Any
 import numpy as np
 
 from datamodules.meter import Meter
-from datamodules.order import TAILS, EpochsOrder, GlobalOrder, RunOrder, count_lanes
-from datamodules.workers import SampleSource, TrainBatches, open_batches
+from datamodules.order import (
+    TAILS,
+    EpochsOrder,
+    GlobalOrder,
+    Int64Array,
+    RunOrder,
+    count_lanes,
+)
+from datamodules.settings import check_choice
+from datamodules.workers import (
+    PLANNED_SAMPLES,
+    SampleSource,
+    TrainBatches,
+    open_batches,
+    quiet_start,
+)
 
 STATE_VERSION = 2
 
@@ -51,8 +65,7 @@ def order_of(
     Raises:
         ValueError: the tail is unknown, or to be dropped where it is all there is.
     """
-    if tail not in TAILS:
-        raise ValueError(f"datamodule.tail={tail} -> unknown -> choose one of {', '.join(TAILS)}")
+    check_choice("tail", tail, TAILS)
     num_samples = int(source.samples_per_block.sum())
     lanes = count_lanes(batch_samples)
     step = lanes if in_blend else batch_samples
@@ -174,7 +187,8 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Any]:
         """Give the micro-batches that remain; nothing is read before the first is asked for."""
         self._batches.first, self._batches.last = self._handed, self._length
-        batches = iter(open_batches(self._batches, self._num_workers))
+        with quiet_start():
+            batches = iter(open_batches(self._batches, self._num_workers))
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)
@@ -224,15 +238,33 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Give the batches of one evaluation."""
-        global_batch = self._micro_batch * self._world_size
-        for first in range(0, self.num_samples, global_batch):
-            slots = np.arange(first + self._rank, first + global_batch, self._world_size)
-            num_samples = int((slots < self.num_samples).sum())
-            slots = np.minimum(slots, self.num_samples - 1)
-            samples = (slots * self._stride).astype(np.int64)
+        for slots, blocks, samples in self._places():
+            addresses = self._source.plan(None, blocks, samples)
+            addresses = addresses.reshape(*slots.shape, *addresses.shape[1:])
+            counts = (slots < self.num_samples).sum(1).tolist()
+            for batch, count in zip(self._source.batches(addresses), counts, strict=True):
+                self._source.pad(batch, count)
+                yield batch
+
+    def _places(self) -> Iterator[tuple[Int64Array, Int64Array, Int64Array]]:
+        """Locate the samples of several micro-batches, one time ahead.
+
+        Returns:
+            The slots of an evaluation [batches, micro_batch], of which those from `num_samples` on
+            are filled with its last sample; the block of each, and its number in it, int64 [n].
+        """
+        planned, ahead = max(1, PLANNED_SAMPLES // self._micro_batch), None
+        for first in range(0, len(self), planned):
+            batches = np.arange(first, min(first + planned, len(self)))
+            own = batches[:, None] * self._micro_batch + np.arange(self._micro_batch)
+            slots = own * self._world_size + self._rank
+            samples = np.minimum(slots, self.num_samples - 1).reshape(-1) * self._stride
+            samples = samples.astype(np.int64)
             blocks = np.searchsorted(self._block_ends, samples, side="right")
             before = self._block_ends[blocks] - self._source.samples_per_block[blocks]
-            addresses = self._source.plan(None, blocks, samples - before)
-            (batch,) = self._source.batches(addresses[None])
-            self._source.pad(batch, num_samples)
-            yield batch
+            self._source.expect(blocks)
+            if ahead is not None:
+                yield ahead
+            ahead = slots, blocks, samples - before
+        if ahead is not None:
+            yield ahead

@@ -11,6 +11,7 @@ be found directly, which is what makes a resume in the middle of an epoch exact 
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,6 +73,12 @@ def count_lanes(batch_samples: int) -> int:
     return max(lanes for lanes in range(1, MAX_LANES + 1) if batch_samples % lanes == 0)
 
 
+def distinct(epochs: Int64Array) -> list[int]:
+    """Give the epochs among those of some samples, ascending; one alone needs no sorting."""
+    first, last = int(epochs.min()), int(epochs.max())
+    return [first] if first == last else np.unique(epochs).tolist()
+
+
 class GlobalOrder:
     """Where the sample of each position lies, for any epoch.
 
@@ -111,15 +118,18 @@ class GlobalOrder:
         lane, index = positions % self.num_lanes, positions // self.num_lanes
         window, slot = index // self._window, index % self._window
         group = window * self.num_lanes + lane
-        place = np.empty_like(positions)
         # Sorting brings the positions of one window together, whose permutation is then used once.
         by_group = np.argsort(group, kind="stable")
-        starts = np.flatnonzero(np.diff(group[by_group], prepend=-1))
-        for members in np.split(by_group, starts[1:]):
-            lane_number, window_number = int(lane[members[0]]), int(window[members[0]])
+        groups, slots = group[by_group], slot[by_group]
+        starts = np.flatnonzero(np.diff(groups, prepend=-1))
+        found = np.empty_like(positions)
+        for start, stop in pairwise([*starts.tolist(), len(positions)]):
+            window_number, lane_number = divmod(int(groups[start]), self.num_lanes)
             order = self._window_order(lane_number, window_number)
             first = self._lane_start(lane_number) + window_number * self._window
-            place[members] = first + order[slot[members]]
+            np.add(order[slots[start:stop]], first, out=found[start:stop])
+        place = np.empty_like(positions)
+        place[by_group] = found
         place = (place + self._begin) % self.num_samples
         block = np.searchsorted(self._block_ends, place, side="right")
         before = self._block_ends[block] - self._samples_per_block[self._blocks[block]]
@@ -213,7 +223,7 @@ class EpochsOrder:
         is_padding = places >= self._order.num_samples
         places = np.minimum(places, self._order.num_samples - 1)
         blocks, samples = np.empty_like(places), np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
+        for epoch in distinct(epochs):
             own = epochs == epoch
             blocks[own], samples[own] = self._order.locate(epoch, places[own])
         return Places(epochs, blocks, samples, is_padding if is_padding.any() else None)

@@ -21,6 +21,7 @@ from datamodules.preparation import (
     TRAINING_BYTES,
     UNITS_FOLDER,
     check_fractions,
+    check_sizes,
     check_splits,
     prepare_once,
     shares_of,
@@ -129,6 +130,7 @@ class PairCorpus:
         return prepare_once(self.name, data_dir, every, settings, build)
 
     def _check(self) -> None:
+        check_sizes(self.chunk_kb, self.shard_mb, self.seed)
         check_fractions(self.val_fraction, self.test_fraction)
         check_sentinels(self.num_sentinels)
         if self.empty not in ("raise", "drop"):

@@ -71,6 +71,21 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
         )
 
 
+def check_sizes(chunk_kb: float, shard_mb: float, seed: int) -> None:
+    """Refuse sizes of what is written that are none: a part of no byte would never end.
+
+    Raises:
+        ValueError: one is too small.
+    """
+    for key, value, least in (
+        ("chunk_kb", chunk_kb, 1),
+        ("shard_mb", shard_mb, 2**-20),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise ValueError(f"corpus.{key}={value} -> it is a number -> use {least} or more")
+
+
 def check_splits(
     fractions: Mapping[str, float], merged: Mapping[str, MergedSplit], path: str, seed: int
 ) -> None:

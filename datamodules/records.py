@@ -51,12 +51,27 @@ def _read_jsonl(
         yield tuple(_text_of(record, key, field, place) for key, field in fields.items())
 
 
+def open_parquet(path: Path) -> Any:
+    """Open a Parquet file.
+
+    Raises:
+        ValueError: it is none, or cut short.
+    """
+    from pyarrow import ArrowInvalid, parquet  # slow to import, and rarely needed
+
+    try:
+        return parquet.ParquetFile(path)
+    except ArrowInvalid as err:
+        raise ValueError(
+            f"corpus.path: {path} -> is no Parquet file ({err}) -> it is damaged or cut short: "
+            "fetch it again"
+        ) from err
+
+
 def _read_parquet(
     path: Path, start: int, stop: int, fields: Mapping[str, str]
 ) -> Iterator[tuple[str, ...]]:
-    from pyarrow import parquet  # slow to import, and rarely needed
-
-    file = parquet.ParquetFile(path)
+    file = open_parquet(path)
     for key, field in fields.items():
         if field not in file.schema_arrow.names:
             raise _no_text(key, field, str(path), file.schema_arrow.names)

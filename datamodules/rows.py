@@ -21,7 +21,7 @@ from datamodules.block_cache import BlockCache
 from datamodules.chunks import TokenChunks
 from datamodules.index import Index
 from datamodules.meter import Counter, Row, new_row
-from datamodules.order import Int64Array, hash_key, splitmix64
+from datamodules.order import Int64Array, distinct, hash_key, splitmix64
 from datamodules.reader import RAISE, BadSamples
 
 _PHASES = 3  # purpose of the key, next to those of `datamodules.order`
@@ -72,7 +72,8 @@ class TextRows:
             "sequence_length": sequence_length,
             "packing": "cut",
         }
-        self.samples_per_block: Int64Array = (lengths - 1) // sequence_length
+        # A chunk may be empty: of white space a tokenizer may make no token.
+        self.samples_per_block: Int64Array = np.maximum(lengths - 1, 0) // sequence_length
         self.sample_bytes = sequence_length * self._dtype.itemsize
         if not self.samples_per_block.any():
             raise ValueError(
@@ -106,7 +107,7 @@ class TextRows:
         # A chunk that stands for another may have fewer rows.
         starts = starts + samples % self.samples_per_block[chunks] * self._length
         if epochs is not None:
-            for epoch in np.unique(epochs).tolist():
+            for epoch in distinct(epochs):
                 own = epochs == epoch
                 key = hash_key(self._seed, epoch, _PHASES)
                 draws = splitmix64(chunks[own].astype(np.uint64) ^ key)
@@ -126,23 +127,26 @@ class TextRows:
 
     def pad(self, batch: TextBatch, num_samples: int) -> None:
         """Turn the rows from `num_samples` on into ones that predict nothing."""
-        batch["targets"][num_samples:] = IGNORED
+        if num_samples < len(batch["targets"]):
+            # Inputs lie in the same memory.
+            batch["targets"] = batch["targets"].clone()
+            batch["targets"][num_samples:] = IGNORED
 
     def _read(self, addresses: Int64Array) -> NDArray:
         """Copy rows out of the shards, [n, T + 1]."""
         regions, starts, _ = addresses.T
         tokens = np.empty((len(addresses), self._length + 1), self._dtype)
         for region in set(regions.tolist()):
-            rows = regions == region
+            rows = np.flatnonzero(regions == region)
             tokens[rows] = self._every_row(region)[starts[rows]]
         self._row[Counter.SAMPLES] += len(tokens)
         self._row[Counter.BYTES] += tokens.nbytes
         return tokens
 
     def _batch(self, addresses: Int64Array, tokens: NDArray) -> TextBatch:
+        tokens = tokens.astype(np.int64)
         batch = TextBatch(
-            inputs=torch.from_numpy(tokens[:, :-1].astype(np.int64)),
-            targets=torch.from_numpy(tokens[:, 1:].astype(np.int64)),
+            inputs=torch.from_numpy(tokens[:, :-1]), targets=torch.from_numpy(tokens[:, 1:])
         )
         if self._document_mask:
             _, starts, chunks = addresses.T

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datamodules.index import digest_file, write_atomically
 from datamodules.lines import JSONL, suffix_of
-from datamodules.records import PARQUET, RECORDS, read_records
+from datamodules.records import PARQUET, RECORDS, open_parquet, read_records
 
 STDLIB = "builtin:stdlib"
 
@@ -77,6 +77,12 @@ def list_files(path: str, suffixes: list[str]) -> list[SourceFile]:
             f"corpus.path={path} -> no such file or folder -> give a text file, a folder, a file "
             f"ending in {', '.join(RECORDS)}, or {STDLIB}"
         )
+    for file in files:
+        if not file.exists():
+            raise ValueError(
+                f"corpus.path={path} -> {file} is a link to nothing -> restore what it points to, "
+                "or remove it"
+            )
     files = [file for file in files if file.stat().st_size]
     if not files:
         raise ValueError(
@@ -165,9 +171,7 @@ def _walk(root: Path, suffixes: list[str], excluded: set[str]) -> Iterator[Path]
 def _cut_file(path: Path, unit_bytes: int) -> Iterator[Piece]:
     size = path.stat().st_size
     if (suffix := suffix_of(path)) == PARQUET:
-        from pyarrow import parquet  # slow to import, and rarely needed
-
-        metadata = parquet.read_metadata(path)
+        metadata = open_parquet(path).metadata
         for group in range(metadata.num_row_groups):
             num_bytes = metadata.row_group(group).total_byte_size
             yield Piece(path, group, group + 1, num_bytes, None)

@@ -17,9 +17,10 @@ from lightning.pytorch import LightningDataModule
 from datamodules.block_cache import BlockCache
 from datamodules.index import Index
 from datamodules.loader import EvaluationLoader, TrainLoader, order_of
-from datamodules.order import RunOrder, count_lanes
+from datamodules.order import TAILS, RunOrder, count_lanes
 from datamodules.reader import ACTIONS, BadSamples
 from datamodules.remote import Fetcher, is_remote, is_sequential
+from datamodules.settings import check_choice, check_numbers
 from datamodules.workers import SampleSource
 
 
@@ -65,11 +66,15 @@ class StreamDataModule(LightningDataModule):
         cache: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        if on_bad_sample not in ACTIONS:
-            raise ValueError(
-                f"datamodule.on_bad_sample={on_bad_sample} -> unknown -> choose one of "
-                f"{', '.join(ACTIONS)}"
-            )
+        check_choice("on_bad_sample", on_bad_sample, ACTIONS)
+        check_choice("tail", tail, TAILS)
+        check_numbers(
+            {
+                **{"num_workers": num_workers, "max_bad_samples": max_bad_samples, "seed": seed},
+                **{"window_mb": window_mb, "val_max_samples": val_max_samples},
+                **{f"cache.{key}": value for key, value in cache.items()},
+            }
+        )
         self._on_bad_sample, self._max_bad_samples = on_bad_sample, max_bad_samples
         self._batch_samples, self._micro_batch = batch_samples, micro_batch
         self._max_samples, self._num_workers = max_samples, num_workers

@@ -6,7 +6,10 @@ from datamodules.corpus_stream import CorpusDataModule
 from datamodules.index import Index
 from datamodules.pack import PackedRows
 from datamodules.rows import TextRows
+from datamodules.settings import check_choice
 from datamodules.workers import SampleSource
+
+PACKINGS = ("cut", "best_fit")
 
 
 class TextDataModule(CorpusDataModule):
@@ -24,8 +27,12 @@ class TextDataModule(CorpusDataModule):
         self, *, sequence_length: int, packing: str, document_mask: bool, **corpus_stream: Any
     ) -> None:
         super().__init__(**corpus_stream)
-        if packing not in ("cut", "best_fit"):
-            raise ValueError(f"datamodule.packing={packing} -> unknown -> choose cut or best_fit")
+        check_choice("packing", packing, PACKINGS)
+        if not isinstance(sequence_length, int) or sequence_length < 1:
+            raise ValueError(
+                f"datamodule.sequence_length={sequence_length} -> it is a whole number -> use 1 or "
+                "more"
+            )
         self._sequence_length, self._document_mask = sequence_length, document_mask
         self._packing = packing
 

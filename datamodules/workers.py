@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,8 +15,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from datamodules.meter import Meter, Row
 from datamodules.order import Int64Array, Places, RunOrder
 
-_PLANNED_SAMPLES = 4096
+PLANNED_SAMPLES = 4096
 """Samples located in one go: numpy's cost per call is then nothing beside its cost per sample."""
+
+_REQUESTS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 class SampleSource(Protocol):
@@ -128,7 +131,7 @@ class TrainBatches(IterableDataset):
 
     def _places(self, first: int, step: int) -> Iterator[tuple[Places, list[Tensor] | None]]:
         """Locate every `step`-th micro-batch from `first` on, several at a time, one time ahead."""
-        planned = max(1, _PLANNED_SAMPLES // self._micro_batch) * step
+        planned = max(1, PLANNED_SAMPLES // self._micro_batch) * step
         ahead = None
         for start in range(first, self.last, planned):
             numbers = np.arange(start, min(start + planned, self.last), step)
@@ -192,6 +195,19 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+@contextmanager
+def quiet_start() -> Iterator[None]:
+    """Hold requests to stop back while worker processes are started, which inherit that.
+
+    This process gets them afterwards; a worker once it knows what to do about them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _quiet_signals(worker: int) -> None:
     """Leave a request to stop to the training loop, which still needs batches to end its step.
 
@@ -203,6 +219,9 @@ def _quiet_signals(worker: int) -> None:
     if hasattr(signal, "sigwaitinfo"):  # macOS has none, and no launchers of this kind
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, daemon=True).start()
+    else:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGUSR1})
 
 
 def _obey_parent() -> None:

@@ -22,7 +22,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from launch.resume_rules import refuse_changes
 
-
 TOKENIZERS = ("tokenizer.json", "target_tokenizer.json")
 """Of what a model reads, and of what it writes where that is another."""
 

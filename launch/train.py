@@ -35,10 +35,7 @@ def train(config: DictConfig) -> int:
 
 
 def complete(config: DictConfig, num_ranks: int) -> None:
-    """Check the configuration, prepare its data, fill in `plan` and `data`; touches no device.
-
-    Ranks may all come here at once.
-    """
+    """Check it, prepare its data, fill in `plan` and `data`; on no device, on all ranks at once."""
     from trainers.batch_plan import plan_run
     from trainers.compat import check
     from trainers.limits import resolve_precision
@@ -48,6 +45,7 @@ def complete(config: DictConfig, num_ranks: int) -> None:
     config.plan = asdict(plan_run(config, world_size=num_ranks))
     if "_target_" in config.corpus:
         config.data = instantiate(config.corpus).prepare(config.data_dir).facts
+    instantiate(config.datamodule, _convert_="all")  # refuses settings that cannot be
 
 
 def fit(run: RunDirectory, config: DictConfig) -> int:

@@ -126,6 +126,26 @@ def test_index_elsewhere_finds_the_shards(tmp_path: Path) -> None:
     assert sorted(map(str, read_ours(read_index(tmp_path)))) == sorted(map(str, samples))
 
 
+def test_index_of_other_shards_of_equal_names_and_sizes_is_written_anew(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "0.tar", make_members(1))
+    out = str(tmp_path / "out")
+    for name in ("a", "b"):
+        (shard,) = read_index(index_shards(str(tmp_path / name), out, 1)).shards
+        assert Path(shard.url) == tmp_path / name / "0.tar"
+
+
+def test_index_of_another_library_is_left_alone(tmp_path: Path) -> None:
+    write_tar(tmp_path / "[0].tar", make_members(1))
+    (tmp_path / "index.json").write_text(theirs := '{"__kind__": "wids-shard-index-v1"}')
+    with pytest.raises(ValueError, match=r"of another library -> .* index= out=\)"):
+        index_shards(str(tmp_path), None, 1)
+    assert (tmp_path / "index.json").read_text() == theirs
+    folder = index_shards(str(tmp_path / "[0].tar"), str(tmp_path / "out"), 1)
+    assert len(read_ours(read_index(folder))) == 8
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_compressed_shard_is_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,5 +263,7 @@ def test_shards_are_listed_by_name_and_lists_as_they_are(tmp_path: Path) -> None
     assert [path.name for path in list_shards(both)] == ["b.tar", "a.tar.gz"]
     with pytest.raises(ValueError, match=r"index=.*none\*.tar -> there is no shard"):
         list_shards(str(tmp_path / "none*.tar"))
+    with pytest.raises(ValueError, match=r"index=s3://a/b.tar -> .* where a copy .* is local"):
+        list_shards([str(tmp_path / "b.tar"), "s3://a/b.tar"])
     with pytest.raises(ValueError, match=r"names .*b.tar more than once -> "):
         list_shards([*both, str(tmp_path)])

@@ -1,11 +1,12 @@
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from datamodules.index import Index, read_index
+from datamodules.index import Index, read_index, write_atomically
 
 
 @pytest.fixture
@@ -63,3 +64,39 @@ def test_other_version_is_refused(index: Index) -> None:
     (index.path / "index.json").write_text(json.dumps({**facts, "version": 99}))
     with pytest.raises(ValueError, match=r"version=99 -> this code reads version 2"):
         read_index(index.path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"version": 2, "shards": [{"raw_data": {}}]}',  # of mosaicml-streaming
+        '{"chunks": [], "config": {}}',  # of litdata
+        '{"__kind__": "wids-shard-index-v1", "shardlist": []}',  # of webdataset
+        '{"version": 2, "sche',
+    ],
+)
+def test_index_of_something_else_is_refused(content: str, index: Index) -> None:
+    (index.path / "index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index.json: it is damaged or of another library -> "):
+        read_index(index.path)
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """As processes of equal numbers on two nodes would."""
+    path, failures = tmp_path / "facts.json", []
+    contents = [bytes([letter]) * 100_000 for letter in b"ab"]
+
+    def write(content: bytes) -> None:
+        for _ in range(50):
+            try:
+                write_atomically(path, content)
+                assert path.read_bytes() in contents
+            except (OSError, AssertionError) as err:
+                failures.append(err)
+
+    threads = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

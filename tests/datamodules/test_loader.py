@@ -1,6 +1,3 @@
-import multiprocessing
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
@@ -13,6 +10,7 @@ from datamodules.batch import IGNORED
 from datamodules.index import Index
 from datamodules.loader import EvaluationLoader, TrainLoader, order_of
 from datamodules.rows import TextRows
+from tests.datamodules.lives import Numbers
 
 pytestmark = [
     # Three workers are more than the cores of a small machine, and meant.
@@ -23,7 +21,6 @@ pytestmark = [
 
 LENGTHS = [[700, 900, 50], [2000], [10, 1500, 330]]
 G = 40
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -187,46 +184,6 @@ def test_lanes_that_do_not_match_the_world_warn(
     assert "not a multiple of 3 ranks" in caplog.text
 
 
-def test_workers_outlive_a_request_to_stop_and_obey_their_parent(index: Index) -> None:
-    batches = iter(make_loader(index, num_workers=2))
-    first = [next(batches), next(batches)]  # each worker has begun
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    for worker in workers:
-        # From another process, as a launcher or a terminal sends them.
-        for name in ("TERM", "INT", "USR1"):
-            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
-    reference = list(make_loader(index))
-    for ours, theirs in zip([*first, *batches], reference, strict=True):
-        assert torch.equal(ours["inputs"], theirs["inputs"])
-
-
-LEAVES = """
-import sys
-from pathlib import Path
-from datamodules.index import read_index
-from datamodules.loader import TrainLoader, order_of
-from datamodules.rows import TextRows
-
-rows = TextRows(read_index(Path(sys.argv[1])), sequence_length=16, document_mask=False, seed=1)
-order = order_of(rows, seed=1, batch_samples=4, window_mb=1, tail="drop")
-loader = TrainLoader(rows, order, batch_samples=4, micro_batch=4, max_samples=4000, num_workers=2,
-                     repeat_first_batch=False, rank=0, world_size=1)
-batches = iter(loader)
-next(batches)
-if sys.argv[2] == "error":
-    raise RuntimeError("with the workers at work")
-"""
-
-
-@pytest.mark.parametrize(("ending", "code"), [("quiet", 0), ("error", 1)])
-def test_process_ends_while_workers_read_ahead(index: Index, ending: str, code: int) -> None:
-    command = [sys.executable, "-c", LEAVES, str(index.path), ending]
-    # Waiting for workers that ignore their parent would take forever.
-    ended = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True)
-    assert ended.returncode == code, ended.stderr
-
-
 @pytest.mark.parametrize(("world", "micro_batch"), [(1, 7), (1, 500), (4, 16), (8, 3)])
 def test_evaluation_has_each_row_once_and_equal_batches(
     index: Index, world: int, micro_batch: int
@@ -250,6 +207,17 @@ def test_evaluation_has_each_row_once_and_equal_batches(
     assert sorted(seen) == expected
     assert len(counts) == 1
     assert len(set(counts.pop())) == 1
+
+
+def test_evaluation_expects_blocks_before_it_reads_them() -> None:
+    source, told = Numbers([3, 0, 40, 25, 7] * 40), []
+    source.expect = lambda blocks: told.append(blocks.tolist())
+    loader = EvaluationLoader(source, micro_batch=100, max_samples=None, rank=1, world_size=2)
+    batches = iter(loader)
+    assert not told
+    numbers = [number for batch in batches for number in batch if number >= 0]
+    assert numbers == list(range(1, 3000, 2))
+    assert sorted({*chain(*told)}) == [n for n, size in enumerate([3, 0, 40, 25, 7] * 40) if size]
 
 
 def test_limited_evaluation_spreads_over_the_split(index: Index) -> None:

@@ -63,9 +63,13 @@ def test_training_rows_begin_elsewhere_in_each_epoch(index: Index) -> None:
 def test_padding_rows_predict_nothing(index: Index) -> None:
     rows = make_rows(index)
     (batch,) = rows.batches(rows.plan(None, np.array([0, 0]), np.array([0, 0]))[None])
+    rows.pad(batch, 2)
+    assert (batch["targets"] == batch["inputs"] + 1).all()
     rows.pad(batch, 1)
-    assert (batch["targets"][0] != IGNORED).all()
+    assert (batch["targets"][0] == batch["inputs"][0] + 1).all()
     assert (batch["targets"][1] == IGNORED).all()
+    # Inputs share their memory with the targets that were read.
+    assert (batch["inputs"] == torch.arange(64)).all()
 
 
 def test_batches_read_together_equal_batches_read_alone(
@@ -93,6 +97,14 @@ def test_documents_count_from_each_end_token_on(index: Index, epoch: int | None)
             expected.append(number)
         assert batch["documents"][row].tolist() == expected
     assert batch["documents"].max() >= 2
+
+
+def test_chunks_without_a_token_have_no_rows(
+    make_dataset: Callable[..., Index], tmp_path: Path
+) -> None:
+    rows = make_rows(make_dataset(tmp_path / "train", [[100, 0], [0, 130]]))
+    assert rows.samples_per_block.tolist() == [1, 0, 0, 2]
+    assert read(rows, None, [(0, 0), (3, 1)])["inputs"][:, 0].tolist() == [0, 164]
 
 
 def test_data_without_a_row_is_refused_with_both_lengths(index: Index) -> None:

@@ -111,3 +111,12 @@ def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
     pieces = plan_units(list_files(str(path), []), 100, None)[0]
     with pytest.raises(ValueError, match=r"character 1 is half .*texts.jsonl, line at byte 14 ->"):
         list(read_documents(pieces[0], "text"))
+
+
+def test_damaged_parquet_and_links_to_nothing_are_named(tmp_path: Path) -> None:
+    (path := tmp_path / "texts.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"corpus.path: .*texts.parquet -> is no Parquet file"):
+        read_all(path)
+    (tmp_path / "lost.txt").symlink_to(tmp_path / "moved.txt")
+    with pytest.raises(ValueError, match=r"corpus.path=.* -> .*lost.txt is a link to nothing ->"):
+        list_files(str(tmp_path), [".txt"])

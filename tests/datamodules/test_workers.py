@@ -1,0 +1,102 @@
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from datamodules import workers as workers_module
+from datamodules.index import Index
+from datamodules.loader import TrainLoader, order_of
+from datamodules.rows import TextRows
+
+# Python 3.12 and later say so of every fork after torch's threads have started.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def index(make_dataset: Callable[..., Index], tmp_path: Path) -> Index:
+    return make_dataset(tmp_path / "train", [[700, 900, 50], [2000], [10, 1500, 330]])
+
+
+def make_loader(index: Index, num_workers: int) -> TrainLoader:
+    rows = TextRows(index, sequence_length=16, document_mask=False, seed=1)
+    return TrainLoader(
+        rows,
+        order_of(rows, seed=1, batch_samples=40, window_mb=1, tail="drop"),
+        batch_samples=40,
+        micro_batch=40,
+        max_samples=400,
+        num_workers=num_workers,
+        repeat_first_batch=False,
+        rank=0,
+        world_size=1,
+    )
+
+
+def test_workers_outlive_a_request_to_stop_and_obey_their_parent(index: Index) -> None:
+    batches = iter(make_loader(index, 2))
+    first = [next(batches), next(batches)]  # each worker has begun
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    _stop_workers()
+    reference = list(make_loader(index, 0))
+    for ours, theirs in zip([*first, *batches], reference, strict=True):
+        assert torch.equal(ours["inputs"], theirs["inputs"])
+
+
+def test_workers_outlive_a_request_to_stop_before_their_first_line(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = workers_module._quiet_signals
+
+    def late(worker: int) -> None:
+        time.sleep(1)
+        quiet(worker)
+
+    monkeypatch.setattr(workers_module, "_quiet_signals", late)
+    loader = make_loader(index, 2)
+    batches = iter(loader)
+    threading.Timer(0.5, _stop_workers).start()
+    reference = make_loader(index, 0)
+    for ours, theirs in zip(batches, reference, strict=True):
+        assert torch.equal(ours["inputs"], theirs["inputs"])
+
+
+def _stop_workers() -> None:
+    # From another process, as a launcher or a terminal sends them.
+    for worker in multiprocessing.active_children():
+        for name in ("TERM", "INT", "USR1"):
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+
+
+LEAVES = """
+import sys
+from pathlib import Path
+from datamodules.index import read_index
+from datamodules.loader import TrainLoader, order_of
+from datamodules.rows import TextRows
+
+rows = TextRows(read_index(Path(sys.argv[1])), sequence_length=16, document_mask=False, seed=1)
+order = order_of(rows, seed=1, batch_samples=4, window_mb=1, tail="drop")
+loader = TrainLoader(rows, order, batch_samples=4, micro_batch=4, max_samples=4000, num_workers=2,
+                     repeat_first_batch=False, rank=0, world_size=1)
+batches = iter(loader)
+next(batches)
+if sys.argv[2] == "error":
+    raise RuntimeError("with the workers at work")
+"""
+
+
+@pytest.mark.parametrize(("ending", "code"), [("quiet", 0), ("error", 1)])
+def test_process_ends_while_workers_read_ahead(index: Index, ending: str, code: int) -> None:
+    command = [sys.executable, "-c", LEAVES, str(index.path), ending]
+    # Waiting for workers that ignore their parent would take forever.
+    ended = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
