@@ -1,7 +1,8 @@
 """Every strategy trains as one rank does: loss curves and final weights, cell by cell.
 
-    python -m benchmarks.parity ranks=2 backend=gloo [modules=gpt,encoder_decoder,lstm,two_networks] [strategies=...]
-        [precisions=fp32,bf16,fp16] [recompute=none,full,selective,every_2] [micro=null,2]
+    python -m benchmarks.parity ranks=2 backend=gloo [strategies=...]
+        [modules=gpt,encoder_decoder,lstm,two_networks] [precisions=fp32,bf16,fp16]
+        [recompute=none,full,selective,every_2] [micro=null,2]
 
 Each cell is a run by the launcher's own `fit`: the same configuration on one rank under
 `strategy=single` and on all ranks under the cell's strategy, SGD, no dropout, the same global

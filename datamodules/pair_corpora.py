@@ -1,8 +1,7 @@
 """A corpus of pairs: from parallel texts or records to tokenized tar shards, once.
 
-Pairs are documents two by two: a shard's text is source 0, target 0, source 1, target 1, ..., each
-followed by its end token, in the chunks of any text, and its table of documents has two rows a
-pair. A pair is in one shard. The texts of evaluation pairs lie beside their shards, to score by.
+Pairs are documents two by two: a shard's text is source 0, target 0, source 1, ..., each followed by
+its end token, in the chunks of any text. The texts of evaluation pairs lie beside their shards.
 """
 
 from collections.abc import Iterator, Mapping

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from datamodules.lines import COMPRESSED, JSONL, read_lines, suffix_of
 

@@ -111,8 +111,7 @@ class EncoderDecoder(LightningModule):
         self.optimizer_settings = {k: v for k, v in optimizer.items() if k != "gradient_clip"}
         self.schedule = Schedule(plan, **schedule)  # here, so that a wrong one fails early
         self.generation, self.scores, self.seed = dict(generation), scores, seed
-        # As those of `modules.gpt`, and for the same reasons.
-        self.nats = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self.nats = SumMetric(nan_strategy="disable").set_dtype(torch.float64)  # as `modules.gpt`
         self.num_targets = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
         self.num_correct = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
         self._own_rows: list[Row] = []
@@ -157,6 +156,7 @@ class EncoderDecoder(LightningModule):
             `loss`, the summed loss over the batch's `divisor`, so that averaging micro-batches and
             ranks weighs every target of the step the same; and `train/loss`, a sum and its weight.
         """
+        assert "divisor" in batch  # of training
         targets = batch["targets"]
         total = self.network(
             batch["source"],
@@ -220,11 +220,8 @@ class EncoderDecoder(LightningModule):
     def _log_evaluation(self, split: Literal["val", "test"]) -> None:
         count = self.num_targets.compute()  # over all ranks
         loss = self.nats.compute() / count
-        values = {
-            f"{split}/loss": loss,
-            f"{split}/perplexity": loss.exp(),
-            f"{split}/token_accuracy": self.num_correct.compute() / count,
-        }
+        values = {f"{split}/loss": loss, f"{split}/perplexity": loss.exp()}
+        values[f"{split}/token_accuracy"] = self.num_correct.compute() / count
         for metric in (self.nats, self.num_targets, self.num_correct):
             metric.reset()
         self.rows, self._own_rows = gather_rows(self._own_rows), []
@@ -238,8 +235,8 @@ class EncoderDecoder(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer and its schedule, stepped once per optimizer step."""
         optimizer = build_optimizer(self.parameters_by_role(), **self.optimizer_settings)
-        batch_samples = self.schedule.plan["batch_samples"]
-        scheduler = build_schedule(optimizer, self.schedule, batch_samples)
+        plan = self.schedule.plan
+        scheduler = build_schedule(optimizer, self.schedule, plan["batch_samples"])
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},

@@ -68,7 +68,8 @@ def score(rows: Sequence[Row], names: Sequence[str]) -> tuple[dict[str, float], 
         The values by name (`rouge` gives three), and by name what says how they were computed:
         the signatures of sacreBLEU, and for ROUGE its version.
     """
-    from sacrebleu.metrics import BLEU, CHRF  # takes a tenth of a second, and few runs need it
+    from sacrebleu.metrics.bleu import BLEU  # takes a tenth of a second, and few runs need it
+    from sacrebleu.metrics.chrf import CHRF
 
     predictions, references = [row[2] for row in rows], [[row[1] for row in rows]]
     values, signatures = {}, {}

@@ -183,7 +183,7 @@ def evaluate(model, batches, split="test"):
     return score_split(model, datamodule=Data(batches), verbose=False)[0]
 
 
-def with_texts(batch):
+def with_texts(batch) -> Any:
     texts = [(f"source {row}", "1 2 3 4 5") for row in range(len(batch["targets"]))]
     return {key: value for key, value in batch.items() if key != "divisor"} | {"texts": texts}
 
@@ -191,7 +191,7 @@ def with_texts(batch):
 @pytest.mark.parametrize("preset", ["tiny", "gru_attention"])
 def test_evaluation_is_exact_over_targets(preset):
     model = build(preset, label_smoothing=0.1)
-    batches = [with_texts(make_batch(seed=seed)) for seed in range(2)]
+    batches: list[Any] = [with_texts(make_batch(seed=seed)) for seed in range(2)]
     batches[1]["targets"][2:] = IGNORED  # rows that only pad
     found = evaluate(model, batches)
     nats = correct = count = 0.0
@@ -219,7 +219,8 @@ def test_validation_generates_what_generate_does():
     batch = with_texts(make_batch())
     found = evaluate(model, [batch], "val")
     assert "val/bleu" in found
-    sources = [row[mask].tolist()[:-1] for row, mask in zip(*_sources(batch), strict=True)]
+    pairs = zip(batch["source"], batch["source_mask"], strict=True)
+    sources = [row[mask].tolist()[:-1] for row, mask in pairs]
     generated = model.generate(sources, seed=0)
     assert [row[2] for row in model.rows] == Words().decode_batch([own for (own,) in generated])
     assert model.preview(Words())[0] == {
@@ -227,10 +228,6 @@ def test_validation_generates_what_generate_does():
         "target": "1 2 3 4 5",
         "prediction": model.rows[0][2],
     }
-
-
-def _sources(batch):
-    return batch["source"], batch["source_mask"]
 
 
 def test_without_texts_only_samples_are_generated():
