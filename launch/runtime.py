@@ -8,7 +8,8 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -193,14 +194,15 @@ def build_loggers(config: DictConfig, directory: Path) -> list[Any]:
     return [make(directory, run_config=plain(config))]
 
 
-def _suggest(name: str, known: list[str]) -> str:
+def _suggest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     near += [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]][:3]
     names = list(dict.fromkeys(near)) or known
     return ("did you mean " if near else "use one of ") + ", ".join(names) + "?" * bool(near)
 
 
-def _all_keys(config_name: str) -> list[str]:
+@cache
+def _all_keys(config_name: str) -> tuple[str, ...]:
     outer = GlobalHydra.instance().hydra  # of the command line, while it runs
     GlobalHydra.instance().clear()
     with hydra.initialize_config_module("conf", version_base=None):
@@ -214,4 +216,4 @@ def _all_keys(config_name: str) -> list[str]:
             name for key in node for name in (prefix + key, *walk(node[key], f"{prefix}{key}."))
         ]
 
-    return walk(OmegaConf.to_container(composed, resolve=False), "")
+    return tuple(walk(OmegaConf.to_container(composed, resolve=False), ""))

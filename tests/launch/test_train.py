@@ -39,7 +39,7 @@ def losses(run):
 
 
 def test_run_leaves_what_it_promises(small_run, train, capfd):
-    run = train(*small_run)
+    run = train(*small_run, draws=True)
     printed = capfd.readouterr().out
     assert run.status["state"] == "done"
     assert steps_with(run, "train/loss") == list(range(1, 21))
