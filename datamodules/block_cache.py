@@ -3,7 +3,7 @@
 A process maps the blocks that it used last and those fetched for it ahead of their use. What is
 mapped is not removed, so that room is made behind the slowest reader. Where the budget is large
 beside a block, the readers together map at most three quarters of it: half of it used, a quarter
-ahead.
+ahead. Where they are worker processes, their parents, which evaluate, map an eighth.
 """
 
 import logging
@@ -12,7 +12,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 from datamodules.index import digest_bytes
@@ -59,11 +59,12 @@ class BlockCache:
         max_bytes: budget of the folder. It should hold twice what the readers of the node work on
             at a time, or blocks are fetched again.
         num_readers: processes of this node that read at the same time.
+        num_parents: processes of this node that evaluate while their workers are those readers.
         num_connections: requests of one process at the same time.
         fetcher: of blocks.
 
     Raises:
-        ValueError: the folder cannot be used, or nothing could be fetched.
+        ValueError: the folder cannot be used.
     """
 
     def __init__(
@@ -72,17 +73,15 @@ class BlockCache:
         *,
         max_bytes: int,
         num_readers: int,
+        num_parents: int = 0,
         num_connections: int,
         fetcher: Fetcher,
     ) -> None:
-        if num_connections < 1:
-            raise ValueError(
-                f"num_connections={num_connections} -> nothing could be fetched -> at least 1"
-            )
         self._disk, self._fetcher = NodeDisk(folder, max_bytes), fetcher
         self._num_connections = num_connections
-        self._used_bytes = max_bytes // (2 * num_readers)
-        self._ahead_bytes = max_bytes // (4 * num_readers)
+        self._share = max_bytes // (4 * num_readers)
+        self._parent = os.getpid() if num_parents else None
+        self._parent_share = max_bytes // (24 * max(1, num_parents))
         self._processes: dict[int, _Process] = {}
 
     @property
@@ -91,6 +90,13 @@ class BlockCache:
         own = self._own()
         with own.lock:
             return replace(own.counters)
+
+    def take_counts(self) -> dict[str, int]:
+        """What this process asked since the last call, by name."""
+        own = self._own()
+        with own.lock:
+            before, own.taken = asdict(own.taken), replace(own.counters)
+            return {name: count - before[name] for name, count in asdict(own.taken).items()}
 
     def get(self, block: RemoteBlock, check: Check) -> mmap.mmap | bytes:
         """Give a block, from the disk, or fetched now if it has not been yet.
@@ -144,7 +150,8 @@ class BlockCache:
     def _own(self) -> "_Process":
         pid = os.getpid()
         if (own := self._processes.get(pid)) is None:
-            own = _Process(self._used_bytes, self._num_connections)
+            share = self._parent_share if pid == self._parent else self._share
+            own = _Process(share, self._num_connections)
             own = self._processes.setdefault(pid, own)
             for other in self._processes.keys() - {pid}:
                 self._processes.pop(other, None)  # copies, by fork, of maps that the parent has
@@ -185,7 +192,7 @@ class BlockCache:
             return None
         for block, ahead in own.ahead.items():
             if not ahead.begun:
-                if own.ahead_bytes and own.ahead_bytes + block.num_bytes > self._ahead_bytes:
+                if own.ahead_bytes and own.ahead_bytes + block.num_bytes > own.share:
                     return None
                 ahead.begun = True
                 own.ahead_bytes += block.num_bytes
@@ -263,13 +270,13 @@ class _Blocks:
 class _Process:
     """What one process has of the cache; all but `connections` is under `lock`."""
 
-    def __init__(self, used_bytes: int, num_connections: int) -> None:
-        self.lock = threading.Lock()
+    def __init__(self, share: int, num_connections: int) -> None:
+        self.lock, self.share = threading.Lock(), share  # a part ahead, two used
         self.connections = threading.BoundedSemaphore(num_connections)
-        self.used, self.uncached = _Blocks(used_bytes), _Blocks(UNCACHED_BYTES)
+        self.used, self.uncached = _Blocks(2 * share), _Blocks(UNCACHED_BYTES)
         self.ahead: OrderedDict[RemoteBlock, _Ahead] = OrderedDict()
         self.ahead_bytes = self.calls = self.num_threads = 0
-        self.counters = CacheCounters()
+        self.counters, self.taken = CacheCounters(), CacheCounters()
 
     def count_retry(self) -> None:
         with self.lock:

@@ -29,6 +29,7 @@ MAX_LANES = 64
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_MASK = 2**64 - 1
 
 
 def splitmix64(values: UInt64Array) -> UInt64Array:
@@ -51,10 +52,14 @@ def splitmix64(values: UInt64Array) -> UInt64Array:
 
 def hash_key(*parts: int) -> np.uint64:
     """Fold non-negative integers (a seed, an epoch, a purpose) into one 64-bit key."""
-    key = np.zeros(1, np.uint64)
+    # As `splitmix64`, with integers of Python, which take a thirtieth of the time of small arrays.
+    key = 0
     for part in parts:
-        key = splitmix64(key ^ np.uint64(part))
-    return key[0]
+        key = (key ^ part) + int(_GOLDEN) & _MASK
+        key = (key ^ key >> 30) * int(_MIX_1) & _MASK
+        key = (key ^ key >> 27) * int(_MIX_2) & _MASK
+        key ^= key >> 31
+    return np.uint64(key)
 
 
 def permutation(size: int, key: np.uint64) -> Int64Array:

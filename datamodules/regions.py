@@ -7,7 +7,7 @@ node's disk keeps (`datamodules.block_cache`). Regions are numbered, shards firs
 import mmap
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -75,7 +75,6 @@ class Regions:
             raise ValueError(f"{url} -> is no local tar -> it needs a cache (datamodule.cache)")
         self._shards: OrderedDict[int, memoryview] = OrderedDict()
         self._row: Row = new_row()
-        self._counted: dict[str, int] = {}
         self._last_fetched = -1
 
     def count_into(self, row: Row) -> None:
@@ -142,10 +141,9 @@ class Regions:
 
     def _count(self) -> None:
         assert self._cache is not None
-        now = asdict(self._cache.counters)
-        for name, counter in _COUNTERS.items():
-            self._row[counter] += now[name] - self._counted.get(name, 0)
-        self._counted = now
+        # Of all that is read through the cache here: evaluation and training take turns.
+        for name, count in self._cache.take_counts().items():
+            self._row[_COUNTERS[name]] += count
 
     def _remote(self, place: Place) -> tuple[RemoteBlock, Callable[[memoryview], None]]:
         shard = self._index.shards[place.shard]
@@ -167,7 +165,7 @@ class Regions:
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the maps behind: the receiving process opens its own."""
-        return {**self.__dict__, "_shards": OrderedDict(), "_row": new_row(), "_counted": {}}
+        return {**self.__dict__, "_shards": OrderedDict(), "_row": new_row()}
 
 
 def _accept(content: memoryview) -> None:

@@ -81,6 +81,7 @@ class StreamDataModule(LightningDataModule):
         self._window_mb, self._tail, self._seed = window_mb, tail, seed
         self._repeat_first_batch = repeat_first_batch
         self._val_max_samples, self._cache = val_max_samples, cache
+        self._block_cache: BlockCache | None = None
         self._train_loader: TrainLoader | None = None
         self._stream_state: dict[str, Any] = {}
 
@@ -186,18 +187,21 @@ class StreamDataModule(LightningDataModule):
                 f"datamodule.window_mb={self._window_mb}, {active / 2**30:.3g} GiB with the blocks "
                 "at their edges, which may be half of it -> raise the first, or lower the second"
             )
-        ranks = self.trainer.num_devices if self.trainer is not None else 1
-        return BlockCache(
-            Path(self._cache["folder"]),
-            max_bytes=max_bytes,
-            num_readers=ranks * max(1, self._num_workers),
-            num_connections=self._cache["num_connections"],
-            fetcher=Fetcher(
-                storage_options=self._cache["storage_options"],
-                max_attempts=self._cache["max_attempts"],
-                timeout_s=self._cache["timeout_s"],
-            ),
-        )
+        if self._block_cache is None:  # one, or what evaluation holds would leave training no room
+            ranks = self.trainer.num_devices if self.trainer is not None else 1
+            self._block_cache = BlockCache(
+                Path(self._cache["folder"]),
+                max_bytes=max_bytes,
+                num_readers=ranks * max(1, self._num_workers),
+                num_parents=ranks if self._num_workers else 0,
+                num_connections=self._cache["num_connections"],
+                fetcher=Fetcher(
+                    storage_options=self._cache["storage_options"],
+                    max_attempts=self._cache["max_attempts"],
+                    timeout_s=self._cache["timeout_s"],
+                ),
+            )
+        return self._block_cache
 
     def _evaluation(self, split: str, max_samples: int | None) -> EvaluationLoader:
         return EvaluationLoader(

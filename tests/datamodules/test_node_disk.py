@@ -176,5 +176,3 @@ def test_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ValueError, match=r"cache folder .*cache -> cannot be used: "):
         make_cache(tmp_path, 1)
-    with pytest.raises(ValueError, match=r"num_connections=0 -> nothing"):
-        make_cache(tmp_path, 1, num_connections=0)

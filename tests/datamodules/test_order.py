@@ -11,6 +11,15 @@ def make_order(seed: int = 3, lanes: int = 8, window: int = 4) -> GlobalOrder:
     return GlobalOrder(SIZES, seed=seed, num_lanes=lanes, window=window)
 
 
+def test_key_folds_the_hash_of_its_parts() -> None:
+    for parts in [(), (0,), (7, 2**63, 5), (2**64 - 1, 1, 2, 3, 4)]:
+        key = np.zeros(1, np.uint64)
+        for part in parts:
+            key = splitmix64(key ^ np.uint64(part))
+        assert hash_key(*parts) == key[0]
+        assert hash_key(*parts, 1) != hash_key(*parts, 2)
+
+
 def everything(order: GlobalOrder, epoch: int = 0) -> list[tuple[int, int]]:
     blocks, samples = order.locate(epoch, np.arange(order.num_samples))
     return list(zip(blocks.tolist(), samples.tolist(), strict=True))
