@@ -1,7 +1,7 @@
 """A corpus of pairs: from parallel texts or records to tokenized tar shards, once.
 
-Pairs are documents two by two: a shard's text is source 0, target 0, source 1, ..., each followed by
-its end token, in the chunks of any text. The texts of evaluation pairs lie beside their shards.
+Pairs are documents two by two: a shard's text is source 0, target 0, source 1, ..., each
+followed by its end token, in chunks as any text. Texts of evaluation pairs lie beside the shards.
 """
 
 from collections.abc import Iterator, Mapping
