@@ -73,6 +73,19 @@ def text_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pair_files(tmp_path_factory) -> dict[str, Path]:
+    """Two parallel text files, `source` and `target`: words, and the same ones backwards."""
+    words = "red green blue sea boat wind house tree".split()  # noqa: SIM905
+    draw = random.Random(0)
+    lines = [draw.choices(words, k=draw.randint(2, 7)) for _ in range(600)]
+    folder = tmp_path_factory.mktemp("pairs")
+    paths = {side: folder / side for side in ("source", "target")}
+    paths["source"].write_text("".join(" ".join(line) + "\n" for line in lines))
+    paths["target"].write_text("".join(" ".join(line[::-1]) + "\n" for line in lines))
+    return paths
+
+
+@pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
     """Prepared data, shared so that each corpus is prepared once."""
     return tmp_path_factory.mktemp("data")

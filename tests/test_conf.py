@@ -1,5 +1,6 @@
 """Every file of the configuration tree is used, and every experiment takes a step."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,20 +10,32 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 DEBUGS = sorted(path.stem for path in (CONF / "debug").glob("*.yaml"))
 
 
+SMALL_TRANSFORMER = "{num_heads: 2, head_width: 8, width: 16, mlp_width: 16}"
+SMALL_RECURRENT = "{embedding_width: 8, encoder_width: 8, hidden_width: 16}"
+
+
 @pytest.fixture
-def shrunken(text_file, data_dir, tmp_path) -> list[str]:
-    """What makes any GPT experiment small, whatever else it chooses."""
+def small(data_dir, tmp_path) -> list[str]:
+    """What makes any experiment small."""
     return [
-        f"corpus.path={text_file}",
-        "corpus.tokenizer=char",
         f"data_dir={data_dir}",
         f"runs_dir={tmp_path / 'runs'}",
         "trainer.accelerator=cpu",
         "batch_tokens=null",
         "batch_samples=4",
         "micro_batch=2",
-        "datamodule.sequence_length=16",
         "datamodule.num_workers=0",
+    ]
+
+
+@pytest.fixture
+def shrunken(small, text_file) -> list[str]:
+    """What makes any GPT experiment small, whatever else it chooses."""
+    return [
+        *small,
+        f"corpus.path={text_file}",
+        "corpus.tokenizer=char",
+        "datamodule.sequence_length=16",
         "module.network.num_layers=2",
         "module.network.num_heads=2",
         "module.network.width=16",
@@ -31,11 +44,38 @@ def shrunken(text_file, data_dir, tmp_path) -> list[str]:
     ]
 
 
+@pytest.fixture
+def shrunken_pairs(small, pair_files, text_file, tmp_path) -> dict[str, list[str]]:
+    """What makes each encoder-decoder experiment small."""
+    texts = tmp_path / "texts.jsonl"
+    lines = text_file.read_text().splitlines()
+    texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    files = [f"corpus.train.{side}={path}" for side, path in pair_files.items()]
+    pairs = [*small, *files, "datamodule.val_max_samples=4", "module.generation.max_new_tokens=4"]
+    corrupted = [f"corpus.path={texts}", "corpus.vocab_size=300", "corpus.num_sentinels=4"]
+    corrupted += ["datamodule.source_length=24", f"module.network={SMALL_TRANSFORMER}"]
+    return {
+        "seq2seq_quickstart": [
+            *pairs,
+            "corpus.train.path=null",
+            "corpus.vocab_size=300",
+            "datamodule.group_tokens=64",
+            f"module.network={SMALL_TRANSFORMER}",
+        ],
+        "translation_small": [*pairs, f"module.network={SMALL_TRANSFORMER}"],
+        "translation_lstm": [*pairs, f"module.network={SMALL_RECURRENT}"],
+        "t5_base_span_corruption": [*small, *corrupted, "datamodule.val_max_samples=4"],
+    }
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_experiment_takes_a_step(experiment, shrunken, train):
-    run = train(f"experiment={experiment}", "debug=one_step", *shrunken)
+def test_experiment_takes_a_step(experiment, shrunken, shrunken_pairs, train):
+    overrides = shrunken_pairs.get(experiment, shrunken)
+    run = train(f"experiment={experiment}", "debug=one_step", *overrides)
     assert run.summary["step"] == 1
-    assert run.summary["tokens"] == 64
+    assert run.summary["samples"] == 4
+    if experiment not in shrunken_pairs:
+        assert run.summary["tokens"] == 64
 
 
 def test_overfit_overlay_learns_its_batch_by_heart(shrunken, train):
