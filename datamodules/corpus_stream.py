@@ -59,6 +59,11 @@ class CorpusDataModule(StreamDataModule):
         """The tokenizer of the prepared data."""
         return load_tokenizer(self._find().path / TOKENIZER_FILE)
 
+    @property
+    def target_tokenizer(self) -> Tokenizer:
+        """The tokenizer of what is predicted; the same, where a kind of data has no other."""
+        return self.tokenizer
+
     def source(self, split: str) -> SampleSource:
         """Give the samples of a split, those of a blend's sources behind each other.
 
