@@ -34,6 +34,11 @@ def generate_text(config: DictConfig) -> None:
     module.to(resolve_accelerator(config.accelerator))
     settings = {key: config[key] for key in SETTINGS if config[key] is not None}
     if not config.stop:
+        if not module.continues_prompts:
+            raise ValueError(
+                f"stop=false -> an answer of {type(module).__name__} ends where the model ends it -> "
+                "leave it out, and set max_new_tokens for shorter ones"
+            )
         settings["stop_token"] = None
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     generated = module.generate(ids, seed=config.seed, **settings)

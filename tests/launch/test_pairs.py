@@ -1,0 +1,81 @@
+"""Two parallel text files: prepared, trained on, scored and translated, a command each."""
+
+import json
+
+import pytest
+
+from launch.evaluate import evaluate_run
+from launch.generate import generate_text
+from launch.prepare import prepare
+from launch.run_directory import RunDirectory
+
+
+@pytest.fixture
+def overrides(pair_files, data_dir):
+    sides = [f"corpus.train.{side}={path}" for side, path in pair_files.items()]
+    return [*sides, f"data_dir={data_dir}", "corpus.test_fraction=0.1"]
+
+
+@pytest.fixture
+def run(overrides, train, tmp_path) -> RunDirectory:
+    return train(
+        "experiment=translation_small",
+        *overrides,
+        f"runs_dir={tmp_path / 'runs'}",
+        "trainer.accelerator=cpu",
+        "trainer.val_every_steps=30",
+        "checkpoints.every_steps=30",
+        "batch_samples=32",
+        "max_samples=null",
+        "max_steps=60",
+        "module.preset=tiny",
+        "module.network={num_heads: 2, head_width: 16, width: 32, mlp_width: 64, "
+        "share_embeddings: false}",
+        "module.optimizer.lr=0.01",
+        "module.generation.max_new_tokens=12",
+        "datamodule.max_source_tokens=12",
+        "datamodule.max_target_tokens=12",
+        "datamodule.longer=raise",
+    )
+
+
+def test_pairs_are_trained_on_scored_and_answered(run, compose, capfd):
+    settings = [f"run={run.path}"]
+    assert run.summary["val/perplexity"] < 8  # words alone, of eight, would be at nine
+    assert "tok:13a" in run.summary["signatures"]["bleu"]
+    capfd.readouterr()
+    evaluate_run(compose("evaluate", [*settings, "split=test"]))
+    printed = capfd.readouterr().out
+    report = json.loads(next((run.path / "evaluations").glob("test-*.json")).read_text())
+    assert {"test/perplexity", "test/bleu", "test/chrf", "test/rougeL"} <= {*report}
+    assert report["signatures"]["bleu"] in printed
+    lines = next((run.path / "evaluations").glob("test-*.jsonl")).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == run.config.data.pairs.test
+    assert all(" ".join(source.split()[::-1]) == target for source, target, _ in rows)
+    best = rows[0]
+    generate_text(compose("generate", [*settings, f"prompt={best[0]}"]))
+    assert capfd.readouterr().out.strip() == best[2]  # the answer alone, as it was in the test
+    with pytest.raises(ValueError, match="its 13 tokens .* more than the 12"):
+        generate_text(compose("generate", [*settings, f"prompt={' '.join(['sea'] * 12)}"]))
+    with pytest.raises(ValueError, match="stop=false -> an answer of EncoderDecoder"):
+        generate_text(compose("generate", [*settings, "prompt=sea", "stop=false"]))
+
+
+def test_files_of_unequal_length_are_refused_by_both_counts(overrides, compose, tmp_path):
+    (tmp_path / "short").write_text("one line\n")
+    other = [*overrides, f"corpus.train.target={tmp_path / 'short'}"]
+    with pytest.raises(ValueError, match=r"600 .* 1 "):
+        prepare(compose("prepare", ["corpus=pairs", *other]))
+
+
+def test_pairs_longer_than_the_model_takes_are_refused(overrides, train, tmp_path):
+    with pytest.raises(ValueError, match=r"datamodule\.max_source_tokens=3 -> .* longer"):
+        train(
+            "experiment=translation_small",
+            *overrides,
+            f"runs_dir={tmp_path / 'runs'}",
+            "trainer.accelerator=cpu",
+            "datamodule.max_source_tokens=3",
+            "datamodule.longer=raise",
+        )
