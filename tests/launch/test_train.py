@@ -65,9 +65,9 @@ def test_finished_run_reports_and_trains_nothing(small_run, train, capfd):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_killed_run_ends_with_the_same_bits(small_run, train, start, num_workers):
-    long = [*small_run, "max_steps=300", f"datamodule.num_workers={num_workers}"]
+    long = [*small_run, "max_steps=120", f"datamodule.num_workers={num_workers}"]
     whole = train(*long, "run.name=whole")
-    step = random.randint(6, 200)
+    step = random.randint(6, 80)
     print(f"killed after step {step}")
     killed_path = whole.path.parent / "killed"
     process = start(*long, "run.name=killed")
@@ -77,7 +77,7 @@ def test_killed_run_ends_with_the_same_bits(small_run, train, start, num_workers
     resumed = train(*long, "run.name=killed")
     assert_same_weights(whole, resumed)
     assert steps_with(resumed, "val/loss") == steps_with(whole, "val/loss")
-    assert steps_with(resumed, "train/loss") == list(range(1, 301))
+    assert steps_with(resumed, "train/loss") == list(range(1, 121))
 
 
 def test_resume_comparison_can_fail(small_run, train):
@@ -88,10 +88,9 @@ def test_resume_comparison_can_fail(small_run, train):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_stopped_run_saves_says_so_and_continues(small_run, train, start, name):
-    long = [*small_run, "max_steps=400", "checkpoints.every_steps=null"]
-    process = start(*long)
-    run_path = train(*long, "run.name=whole").path.parent / "small"
+def test_stopped_run_saves_says_so_and_continues(small_run, train, start, tmp_path, name):
+    long = [*small_run, "max_steps=200", "checkpoints.every_steps=null"]
+    process, run_path = start(*long), tmp_path / "runs" / "small"
     start.wait(process, run_path, 3)
     process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=60)
@@ -165,7 +164,7 @@ def test_accumulation_trains_the_same(small_run, train):
 
 
 def test_accumulation_may_change_in_mid_run(small_run, train, start):
-    no_dropout = [*small_run, "module.network.dropout=0.0", "max_steps=300"]
+    no_dropout = [*small_run, "module.network.dropout=0.0", "max_steps=60"]
     whole = train(*no_dropout, "run.name=whole")
     process = start(*no_dropout)
     start.wait(process, whole.path.parent / "small", 9)
@@ -173,7 +172,7 @@ def test_accumulation_may_change_in_mid_run(small_run, train, start):
     process.wait()
     resumed = train(*no_dropout, "micro_batch=2")
     assert steps_with(resumed, "val/loss") == steps_with(whole, "val/loss")
-    assert steps_with(resumed, "train/loss") == list(range(1, 301))
+    assert steps_with(resumed, "train/loss") == list(range(1, 61))
     assert resumed.summary["val/loss"] == pytest.approx(whole.summary["val/loss"], abs=1e-3)
 
 
