@@ -30,7 +30,8 @@ def generate_text(config: DictConfig) -> None:
 
     tokenizer, target_tokenizer = load_tokenizers(run)
     # A prompt is text, also where it spells `<|...|>`, unless the model fills sentinels in.
-    tokenizer.encode_special_tokens = not run.config.data.get("sentinels")
+    fills_in = bool(run.config.data.get("sentinels"))
+    tokenizer.encode_special_tokens = not fills_in
     module.to(resolve_accelerator(config.accelerator))
     settings = {key: config[key] for key in SETTINGS if config[key] is not None}
     if not config.stop:
@@ -44,7 +45,8 @@ def generate_text(config: DictConfig) -> None:
     generated = module.generate(ids, seed=config.seed, **settings)
     for prompt, sequences in zip(prompts, generated, strict=True):
         for tokens in sequences:
-            print((prompt if module.continues_prompts else "") + target_tokenizer.decode(tokens))
+            text = target_tokenizer.decode(tokens, skip_special_tokens=not fills_in)
+            print((prompt if module.continues_prompts else "") + text)
             if sum(map(len, generated)) > 1 and module.continues_prompts:
                 print("-" * 40)
 

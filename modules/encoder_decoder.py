@@ -88,8 +88,7 @@ class EncoderDecoder(LightningModule):
         check_scores(scores["names"])
         if not 0 <= label_smoothing < 1:
             raise ValueError(
-                f"module.label_smoothing={label_smoothing} -> it is a share of the probability -> "
-                "choose 0 or more, and less than 1"
+                f"module.label_smoothing={label_smoothing} -> it is a share -> choose 0 to below 1"
             )
         self._kind = choose_network(preset, network)
         # Without storage until it is known where: a strategy may give a rank its shards only.
@@ -211,8 +210,9 @@ class EncoderDecoder(LightningModule):
     def _predict(self, batch: PairBatch) -> list[Row]:
         sequences = self._decode(batch["source"], batch["source_mask"], self.seed, {})
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        predictions = data.target_tokenizer.decode_batch(sequences)
-        texts = batch.get("texts") or texts_of(batch, data.tokenizer, data.target_tokenizer)
+        texts, is_text = batch.get("texts"), "texts" in batch  # else special tokens are seen, too
+        predictions = data.target_tokenizer.decode_batch(sequences, skip_special_tokens=is_text)
+        texts = texts or texts_of(batch, data.tokenizer, data.target_tokenizer)
         is_sample = (batch["targets"] != IGNORED).any(1).tolist()
         rows = zip(texts, predictions, is_sample, strict=True)
         return [(*text, prediction) for text, prediction, is_one in rows if is_one]

@@ -157,7 +157,7 @@ class Words:
     def decode(self, ids, skip_special_tokens=True):
         return " ".join(map(str, ids))
 
-    def decode_batch(self, sequences):
+    def decode_batch(self, sequences, skip_special_tokens=True):
         return [self.decode(sequence) for sequence in sequences]
 
 
