@@ -37,8 +37,8 @@ def generate_text(config: DictConfig) -> None:
     if not config.stop:
         if not module.continues_prompts:
             raise ValueError(
-                f"stop=false -> an answer of {type(module).__name__} ends where the model ends it -> "
-                "leave it out, and set max_new_tokens for shorter ones"
+                f"stop=false -> an answer of {type(module).__name__} ends where the model ends it "
+                "-> leave it out, and set max_new_tokens for shorter ones"
             )
         settings["stop_token"] = None
     ids = [encode(tokenizer, prompt) for prompt in prompts]

@@ -56,7 +56,7 @@ def test_pairs_are_trained_on_scored_and_answered(run, compose, capfd):
     best = rows[0]
     generate_text(compose("generate", [*settings, f"prompt={best[0]}"]))
     assert capfd.readouterr().out.strip() == best[2]  # the answer alone, as it was in the test
-    with pytest.raises(ValueError, match="its 13 tokens .* more than the 12"):
+    with pytest.raises(ValueError, match=r"its 13 tokens .* more than the 12"):
         generate_text(compose("generate", [*settings, f"prompt={' '.join(['sea'] * 12)}"]))
     with pytest.raises(ValueError, match="stop=false -> an answer of EncoderDecoder"):
         generate_text(compose("generate", [*settings, "prompt=sea", "stop=false"]))
