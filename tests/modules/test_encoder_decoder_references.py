@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modules.decoding import decode
 from modules.positions import relative_buckets
-from tests.modules.small_transformers import make_network, pair, to_transformers_t5
+from tests.modules.small_transformers import TARGET_LENGTH, make_network, pair, to_transformers_t5
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,33 @@ def test_logits_equal_transformers_t5(overrides):
     assert theirs.std() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(ours[1], unmasked[1], atol=1e-2)
+
+
+PAD, STOP, START = 0, 1, 2
+
+
+@pytest.mark.parametrize(("num_beams", "length_penalty"), [(1, 1.0), (4, 0.6), (3, 0.2)])
+def test_targets_equal_those_of_transformers_t5(num_beams, length_penalty):
+    network = make_network("t5_v1_1_base")
+    with torch.no_grad():  # so that some targets end before they have to
+        network.head.weight[STOP] = network.head.weight[:12].mean(0) * 4
+    source, mask, _, _ = pair()
+    ours = decode(
+        network, source, mask, start_token=START, stop_token=STOP, max_new_tokens=TARGET_LENGTH,
+        num_beams=num_beams, length_penalty=length_penalty, temperature=0.0, top_k=0, top_p=1.0,
+        seed=0,
+    )  # fmt: skip
+    tokens = {"pad_token_id": PAD, "eos_token_id": STOP, "decoder_start_token_id": START}
+    model = to_transformers_t5(network, **tokens)
+    theirs = model.generate(
+        input_ids=source, attention_mask=mask.long(), do_sample=False, early_stopping=False,
+        max_new_tokens=TARGET_LENGTH, num_beams=num_beams,
+        **({"length_penalty": length_penalty} if num_beams > 1 else {}),
+    )  # fmt: skip
+    rows = [row[1:] for row in theirs.tolist()]
+    assert ours == [row[: row.index(STOP)] if STOP in row else row for row in rows]
+    assert len({len(target) for target in ours}) > 1
+    assert len(set(map(tuple, ours))) == 3
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
