@@ -218,8 +218,16 @@ def test_two_ranks_train_as_one_in_more_cells(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_whole_matrix(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["parity", "recompute=none,full,selective,every_2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["modules=gpt,two_networks", "recompute=none,full,selective,every_2"],
+        ["modules=encoder_decoder,lstm", "recompute=none,selective", "micro=2"],
+    ],
+    ids=["gpt and two networks", "pairs"],
+)
+def test_whole_matrix(options, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["parity", *options])
     with pytest.raises(SystemExit) as ended:
         parity.main()
     print(capsys.readouterr().out)
