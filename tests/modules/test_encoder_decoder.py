@@ -14,7 +14,6 @@ from modules.scores import score
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    # Lightning 2.6 with torch 2.13.
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
 ]
 
@@ -45,7 +44,11 @@ SMALL: dict[str, dict[str, Any]] = {
 
 def build(preset="tiny", **overrides: Any) -> EncoderDecoder:
     """A model with its initial values, as Lightning makes it before training."""
-    small = {"preset": preset, "network": SMALL[preset], "schedule": {"name": "constant"}}
+    small = {
+        "preset": preset,
+        "network": SMALL[preset],
+        "schedule": {"name": "constant", "final_lr_fraction": None},
+    }
     module = OmegaConf.merge(OmegaConf.load(CONFIGURATION), small, overrides)
     composed: Any = OmegaConf.to_container(OmegaConf.merge(FACTS, {"module": module}), resolve=True)
     settings = composed["module"]
@@ -75,8 +78,7 @@ def make_batch(lengths=((5, 4), (7, 2), (3, 8), (6, 5)), seed=0) -> dict[str, An
     }
 
 
-def part_of(batch, rows, num_parts):
-    """Some rows as one of `num_parts` micro-batches or ranks, padded no more than they need."""
+def part_of(batch, rows, num_parts):  # padded no more than it needs
     part = {key: batch[key][rows] for key in ("source", "source_mask", "inputs", "targets")}
     length = int(part["source_mask"].sum(1).max())
     part |= {key: part[key][:, :length] for key in ("source", "source_mask")}
