@@ -85,16 +85,18 @@ class RecurrentEncoder(nn.Module):
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         zeros = x.new_zeros(2 * shape.num_layers, source.size(0), shape.encoder_width)
         cells: list[Tensor] = [
-            weights[f"{kind}_l{layer}{direction}"]
+            weights[f"{kind}_l{layer}{direction}"].float()  # autocast rounds what it multiplies
             for layer in range(shape.num_layers)
             for direction in ("", "_reverse")
             for kind in _CELL
         ]
         options = (cells, True, shape.num_layers, shape.dropout, self.training, True)
-        if shape.cell == "lstm":
-            output, *last = torch.lstm(packed.data, packed.batch_sizes, (zeros, zeros), *options)
-        else:
-            output, *last = torch.gru(packed.data, packed.batch_sizes, zeros, *options)
+        with _autocast_of_layers(x.device.type):
+            if shape.cell == "lstm":
+                first = (zeros, zeros)
+                output, *last = torch.lstm(packed.data, packed.batch_sizes, first, *options)
+            else:
+                output, *last = torch.gru(packed.data, packed.batch_sizes, zeros, *options)
         memory, _ = pad_packed_sequence(
             PackedSequence(output, *packed[1:]), batch_first=True, total_length=source.size(1)
         )
@@ -251,6 +253,18 @@ class RecurrentDecoder(nn.Module):
             recurrent = F.linear(state[0], recurrent_weight, recurrent_bias).float()
             new.append(step(gates, recurrent, state))
         return new
+
+
+def _autocast_of_layers(device: str) -> torch.autocast:
+    """Autocast as it is, but for fp16 on a CPU.
+
+    oneDNN has no LSTM of it, and torch asks oneDNN
+    where the sources of a batch are equally long.
+    """
+    is_on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return torch.autocast(
+        device, dtype, enabled=is_on and (device, dtype) != ("cpu", torch.float16)
+    )
 
 
 def _embed(table: Tensor, tokens: Tensor, module: RecurrentEncoder | RecurrentDecoder) -> Tensor:

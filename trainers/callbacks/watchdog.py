@@ -193,8 +193,8 @@ class Watchdog(Callback):
         print(f"error: {reason}\nRank {self._beats.rank} stands at:", file=sys.stderr)
         traceback.print_stack(frame)
         self.report(reason, self._step)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None where output goes nowhere
+            stream.flush()
         os._exit(1)
 
 
