@@ -50,6 +50,7 @@ class EncoderDecoder(LightningModule):
         optimizer: Arguments of `build_optimizer`, and `gradient_clip`, which the trainer reads.
         schedule: Arguments of `build_schedule`.
         plan: `batch_samples`, `max_samples`, `max_steps` and `tokens_per_sample` of the run.
+        pair_tokens: `pairs`, and their tokens `source` and `target`, of the training data.
         generation: `max_new_tokens` (None: `target_length`), `num_beams`, `length_penalty`,
             `temperature`, `top_k` and `top_p` of `modules.decoding.decode`.
         scores: `names` out of `modules.scores.SCORES`; `max_samples` to generate in a validation
@@ -80,6 +81,7 @@ class EncoderDecoder(LightningModule):
         optimizer: Mapping[str, Any],
         schedule: Mapping[str, Any],
         plan: Mapping[str, int],
+        pair_tokens: Mapping[str, int | None],
         generation: Mapping[str, Any],
         scores: Mapping[str, Any],
         seed: int,
@@ -100,12 +102,16 @@ class EncoderDecoder(LightningModule):
                 target_length=target_length,
             )
         self._sizes = {name: p.shape for name, p in self.network.named_parameters()}
-        self.source_length = source_length
-        self.start_token, self.stop_token = start_token, stop_token
+        self.source_length, self.plan, self.pair_tokens = source_length, plan, pair_tokens
+        self.tokens = {"start_token": start_token, "stop_token": stop_token}
         self.source_end_token = source_end_token
         self.label_smoothing = label_smoothing
         self.teacher_forcing = TeacherForcing(
-            **teacher_forcing, is_recurrent=self._kind.is_recurrent, plan=plan, seed=seed
+            **teacher_forcing,
+            is_recurrent=self._kind.is_recurrent,
+            length=target_length,
+            plan=plan,
+            seed=seed,
         )
         self.optimizer_settings = {k: v for k, v in optimizer.items() if k != "gradient_clip"}
         self.schedule = Schedule(plan, **schedule)  # here, so that a wrong one fails early
@@ -148,6 +154,13 @@ class EncoderDecoder(LightningModule):
             roles[self._kind.role_of(name, parameter.ndim)].append(parameter)
         return roles
 
+    def flops_per_sample(self) -> float | None:
+        """Operations of a pair of mean length, both ways; None where samples are none or groups."""
+        if not (pairs := self.pair_tokens["pairs"]) or self.plan["tokens_per_sample"] > 1:
+            return None
+        means = [(self.pair_tokens[side] or 0) / pairs for side in ("source", "target")]
+        return self._kind.flops(self._sizes, *means)
+
     def training_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
         """Compute the loss of a micro-batch.
 
@@ -156,22 +169,18 @@ class EncoderDecoder(LightningModule):
             ranks weighs every target of the step the same; and `train/loss`, a sum and its weight.
         """
         assert "divisor" in batch  # of training
-        targets = batch["targets"]
+        targets, samples = batch["targets"], self.global_step * self.plan["batch_samples"]
+        coins = self.teacher_forcing.coins(samples, targets.size(1))
         total = self.network(
             batch["source"],
             batch["source_mask"],
             batch["inputs"],
             targets,
             label_smoothing=self.label_smoothing,
-            teacher=self._teacher(targets.size(1)),
+            teacher=None if coins is None else coins.to(self.device),
         )
         count = (targets != IGNORED).sum()
         return {"loss": total / batch["divisor"], "train/loss": (total.detach(), count)}
-
-    def _teacher(self, num_steps: int) -> Tensor | None:
-        samples = self.global_step * self.schedule.plan["batch_samples"]
-        coins = self.teacher_forcing.coins(samples, self.network.target_length)
-        return None if coins is None else coins[:num_steps].to(self.device)
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Add a batch to the sums of the evaluation, and generate its targets where asked for."""
@@ -235,8 +244,7 @@ class EncoderDecoder(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer and its schedule, stepped once per optimizer step."""
         optimizer = build_optimizer(self.parameters_by_role(), **self.optimizer_settings)
-        plan = self.schedule.plan
-        scheduler = build_schedule(optimizer, self.schedule, plan["batch_samples"])
+        scheduler = build_schedule(optimizer, self.schedule, self.plan["batch_samples"])
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -282,15 +290,7 @@ class EncoderDecoder(LightningModule):
         chosen = merge_settings(self.generation, settings)
         if chosen["max_new_tokens"] is None:
             chosen["max_new_tokens"] = self.network.target_length
-        return decode(
-            self.network,
-            source,
-            mask,
-            start_token=self.start_token,
-            stop_token=self.stop_token,
-            seed=seed,
-            **chosen,
-        )
+        return decode(self.network, source, mask, **self.tokens, seed=seed, **chosen)
 
     def preview(self, tokenizer: Tokenizer) -> list[dict[str, str]]:
         """Some of what the last validation generated: rows of source, target and prediction."""

@@ -22,12 +22,14 @@ class Kind:
         build: Makes it from `source_vocab`, `target_vocab`, `source_length` and `target_length`.
         initial_value: (name, size, seed) -> fp32 on the CPU.
         role_of: (name, number of dimensions) -> what the parameter is to an optimizer.
+        flops: (sizes by name, source tokens, target tokens) -> operations of a pair, both ways.
     """
 
     is_recurrent: bool
     build: Callable[..., Any]
     initial_value: Callable[..., Tensor]
     role_of: Callable[[str, int], str]
+    flops: Callable[..., float]
 
 
 def choose_network(preset: str, overrides: Mapping[str, Any]) -> Kind:
@@ -52,6 +54,7 @@ def choose_network(preset: str, overrides: Mapping[str, Any]) -> Kind:
                 build=partial(network, shape),
                 initial_value=partial(module.initial_value, shape),
                 role_of=partial(module.role_of, shape),
+                flops=partial(presets.flops, shape),
             )
     known = [*transformer_presets.PRESETS, *recurrent_presets.PRESETS]
     raise ValueError(f"module.preset={preset} -> unknown -> choose one of {', '.join(known)}")

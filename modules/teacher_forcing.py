@@ -19,6 +19,7 @@ class TeacherForcing:
         end: Share from `decay_samples` on.
         decay_samples: Samples of the run; None for all of it.
         is_recurrent: Whether the network can be fed what it predicts.
+        length: The most steps of a target: as many coins are thrown, whatever a batch needs.
         plan: `max_samples` of the run.
         seed: Of the coins.
 
@@ -33,6 +34,7 @@ class TeacherForcing:
         end: float,
         decay_samples: int | None,
         is_recurrent: bool,
+        length: int,
         plan: Mapping[str, int],
         seed: int,
     ):
@@ -47,7 +49,7 @@ class TeacherForcing:
                     f"module.teacher_forcing.{key}={value} -> a Transformer predicts all steps at "
                     "once, each from the targets before it -> set 1, or take a recurrent preset"
                 )
-        self.start, self.end, self.seed = start, end, seed
+        self.start, self.end, self.length, self.seed = start, end, length, seed
         self.decay_samples = decay_samples or plan["max_samples"]
 
     def share(self, samples: int) -> float:
@@ -59,14 +61,14 @@ class TeacherForcing:
 
         Args:
             samples: Of the run before the step.
-            num_steps: The most that a target can have, so that a coin does not depend on a batch.
+            num_steps: T.
 
         Returns:
-            bool [num_steps] on the CPU, true where the target is fed; None: everywhere.
+            bool [T] on the CPU, true where the target is fed; None: everywhere.
         """
         if (share := self.share(samples)) >= 1:
             return None
         key = hashlib.blake2b(f"{self.seed}/teacher/{samples}".encode(), digest_size=8).digest()
         # 63 bits: torch takes seeds as signed integers.
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-        return torch.rand(num_steps, generator=generator) < share
+        return (torch.rand(self.length, generator=generator) < share)[:num_steps]

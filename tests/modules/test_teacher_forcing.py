@@ -10,6 +10,7 @@ def make(start=1.0, end=0.0, decay_samples=None, is_recurrent=True, seed=1):
         end=end,
         decay_samples=decay_samples,
         is_recurrent=is_recurrent,
+        length=50,
         plan={"max_samples": 1000},
         seed=seed,
     )
