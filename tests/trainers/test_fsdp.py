@@ -24,6 +24,8 @@ from tests.trainers.fsdp_ranks import ADAMW, ONE_PART, PRESETS, SavesHalfWay
 from trainers.checkpoint import load_weights
 from trainers.strategies.replicated import Single
 
+pytestmark = pytest.mark.slow  # half a minute; what users see is in the parity tests, every day
+
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):

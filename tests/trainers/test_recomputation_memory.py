@@ -5,6 +5,8 @@ import torch
 
 from benchmarks import recomputation
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def module():
