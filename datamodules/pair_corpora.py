@@ -19,6 +19,7 @@ from datamodules.pair_units import PairTask, count_pairs, encode_pairs, merge_te
 from datamodules.preparation import (
     TRAINING_BYTES,
     UNITS_FOLDER,
+    check_bounds,
     check_fractions,
     check_sizes,
     check_splits,
@@ -49,8 +50,7 @@ class PairCorpus:
 
     A split is two text files, of which line i of one belongs to line i of the other, or a file of
     records. Pairs of `train` go to an evaluation split without files where a keyed hash of their
-    source sends them, so equal sources never face each other across these splits. Splits with files
-    of their own are taken as they are: only `lowercase` and `empty` apply to them.
+    source sends them. To splits with files of their own only `lowercase` and `empty` apply.
 
     Args:
         name: of the corpus, the first part of the name of its folder.
@@ -62,7 +62,8 @@ class PairCorpus:
         source_key: field of a record that holds the source.
         target_key: field of a record that holds the target.
         tokenizer: `byte`, `char`, `bpe`, `word`, or the path of a `tokenizer.json`.
-        joint_vocabulary: one vocabulary for both sides; else each has its own, of one kind.
+        target_tokenizer: path of that of targets, where `tokenizer` is that of sources; else None.
+        joint_vocabulary: one for both sides; else each has its own, of one kind.
         vocab_size: tokens of a `bpe` or `word` vocabulary; None takes every word.
         min_frequency: how often a word, or a pair of tokens to be merged, must occur in training
             text; None sets no bound.
@@ -90,6 +91,7 @@ class PairCorpus:
     source_key: str
     target_key: str
     tokenizer: str
+    target_tokenizer: str | None
     joint_vocabulary: bool
     vocab_size: int | None
     min_frequency: int | None
@@ -134,18 +136,13 @@ class PairCorpus:
         check_sentinels(self.num_sentinels)
         if self.empty not in ("raise", "drop"):
             raise ValueError(f"corpus.empty={self.empty} -> no such way -> choose raise or drop")
-        kinds = {"max_characters": int, "min_frequency": int, "max_length_ratio": int | float}
-        for key, kind in kinds.items():
-            value = getattr(self, key)
-            if value is not None and not (isinstance(value, kind) and value >= 1):
-                raise ValueError(
-                    f"corpus.{key}={value} -> no such bound is possible -> give a number from 1 "
-                    "on, or null for none"
-                )
-        if self.tokenizer not in KINDS and not self.joint_vocabulary:
+        check_bounds(self, max_characters=int, min_frequency=int, max_length_ratio=int | float)
+        is_file, is_one = self.tokenizer not in KINDS, self.joint_vocabulary
+        if (self.target_tokenizer is not None) != (is_file and not is_one):
             raise ValueError(
-                f"corpus.tokenizer={self.tokenizer}, corpus.joint_vocabulary=false -> one file is "
-                f"one vocabulary -> set corpus.joint_vocabulary=true, or one of {', '.join(KINDS)}"
+                f"corpus.tokenizer={self.tokenizer}, joint_vocabulary={is_one}, target_tokenizer="
+                f"{self.target_tokenizer} -> two vocabularies of files take two of them -> give "
+                "both with joint_vocabulary=false, or one file with true and target_tokenizer=null"
             )
 
     @property
@@ -175,6 +172,8 @@ class PairCorpus:
             *("num_sentinels", "end_token", "start_token", "empty", "max_characters"),
             *("max_length_ratio", "unique", "chunk_kb", "shard_mb", "seed"),
         )
+        if self.target_tokenizer:
+            settings["target_tokenizer"] = vocabulary_settings(self.target_tokenizer, None)
         return settings | {key: getattr(self, key) for key in others}
 
     def _build(
@@ -235,16 +234,17 @@ class PairCorpus:
     ) -> tuple[Path, Path]:
         """Build the tokenizers that are not there yet: of sources, of targets."""
         if self.joint_vocabulary:
-            sides = {TOKENIZER_FILE: (0, 1)}
+            sides = {TOKENIZER_FILE: (self.tokenizer, (0, 1))}
         else:
-            sides = {TOKENIZER_FILE: (0,), TARGET_TOKENIZER_FILE: (1,)}
-        for name, places in sides.items():
+            target = self.target_tokenizer or self.tokenizer
+            sides = {TOKENIZER_FILE: (self.tokenizer, (0,)), TARGET_TOKENIZER_FILE: (target, (1,))}
+        for name, (kind, places) in sides.items():
             if not (path / name).exists():
                 texts = (
                     pair[place] for pair in self._training(units, fractions) for place in places
                 )
                 tokenizer = build_tokenizer(
-                    self.tokenizer,
+                    kind,
                     vocab_size=self.vocab_size,
                     end_token=self.end_token,
                     documents=texts,

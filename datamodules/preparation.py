@@ -86,6 +86,25 @@ def check_sizes(chunk_kb: float, shard_mb: float, seed: int) -> None:
             raise ValueError(f"corpus.{key}={value} -> it is a number -> use {least} or more")
 
 
+def check_bounds(corpus: object, **kinds: Any) -> None:
+    """Refuse settings that bound something and are no number from 1 on, or None.
+
+    Args:
+        corpus: has the settings.
+        **kinds: type, or union of types, of the number by setting.
+
+    Raises:
+        ValueError: the first that is none.
+    """
+    for key, kind in kinds.items():
+        value = getattr(corpus, key)
+        if value is not None and not (isinstance(value, kind) and value >= 1):
+            raise ValueError(
+                f"corpus.{key}={value} -> no such bound is possible -> give a number from 1 on, or "
+                "null for none"
+            )
+
+
 def check_splits(
     fractions: Mapping[str, float], merged: Mapping[str, MergedSplit], path: str, seed: int
 ) -> None:

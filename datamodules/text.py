@@ -38,6 +38,11 @@ class TextDataModule(CorpusDataModule):
 
     def samples_of(self, split: str, index: Index) -> SampleSource:
         """Give the rows of a data set."""
+        if self.facts.get("kind") == "pairs":
+            raise ValueError(
+                "datamodule=text -> the corpus has pairs of source and target, no running text -> "
+                "set datamodule=pairs and module=encoder_decoder"
+            )
         if self._packing == "best_fit":
             return self._packed(index)
         return TextRows(

@@ -54,6 +54,11 @@ def build_tokenizer(
     special = list(dict.fromkeys(token for token in (end_token, start_token) if token is not None))
     if lowercase:
         documents = map(lower_case, documents)
+    if min_frequency is not None and kind in (BYTE, CHAR):
+        raise ValueError(
+            f"corpus.min_frequency={min_frequency} -> corpus.tokenizer={kind} learns no words -> "
+            f"set it to null, or choose {BPE} or {WORD}"
+        )
     if kind == BYTE:
         tokenizer = _byte_level(models.BPE({c: b for b, c in enumerate(byte_characters())}, []))
     elif kind == CHAR:

@@ -30,7 +30,7 @@ def generate_text(config: DictConfig) -> None:
 
     tokenizer, target_tokenizer = load_tokenizers(run)
     # A prompt is text, also where it spells `<|...|>`, unless the model fills sentinels in.
-    fills_in = bool(run.config.data.get("sentinels"))
+    fills_in = "objective" in run.config.datamodule
     tokenizer.encode_special_tokens = not fills_in
     module.to(resolve_accelerator(config.accelerator))
     settings = {key: config[key] for key in SETTINGS if config[key] is not None}

@@ -46,10 +46,20 @@ def _refuse_other_vocabulary(config: DictConfig, run: Path) -> None:
     """
     for name in TOKENIZERS if config.data else ():
         own, other = Path(config.data.path, name), run / name
-        if other.exists() and own.exists() and own.read_bytes() != other.read_bytes():
-            sizes = [len(json.loads(path.read_bytes())["model"]["vocab"]) for path in (other, own)]
+        if not (other.exists() and own.exists()):
+            continue
+        theirs, ours = _read_vocabulary(other), _read_vocabulary(own)
+        if theirs != ours:
+            sizes, key = [len(each[0]) for each in (theirs, ours)], name.removesuffix(".json")
             raise ValueError(
                 f"init_from={config.init_from} -> its {name} is another vocabulary ({sizes[0]:,} "
                 f"tokens) than that of the data ({sizes[1]:,} tokens, {own}), so its weights "
-                f"belong to other tokens -> prepare the data with corpus.tokenizer={other}"
+                f"belong to other tokens -> prepare the data with corpus.{key}={other}"
             )
+
+
+def _read_vocabulary(path: Path) -> tuple[Any, ...]:
+    """What gives tokens their numbers; how text is cleaned before that may differ."""
+    tokenizer = json.loads(path.read_bytes())
+    added = [(token["id"], token["content"]) for token in tokenizer["added_tokens"]]
+    return tokenizer["model"]["vocab"], tokenizer["model"].get("merges"), added

@@ -102,6 +102,12 @@ def explain(error: BaseException, config_name: str) -> str | None:
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found[1]
         return f"{key} -> no such key -> {_suggest(key, _all_keys(config_name))}"
+    if found := re.search(r"Interpolation key '((?:datamodule|data)\.[^']+)' not found", text):
+        return (
+            f"{found[1]} -> the module reads it, and this datamodule or corpus has none -> choose "
+            "parts that go together: module=gpt with datamodule=text, module=encoder_decoder with "
+            "datamodule=pairs or denoising"
+        )
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} -> it has no value -> add {error.full_key}=<value>"
     if isinstance(error, InstantiationException):

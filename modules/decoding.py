@@ -92,8 +92,15 @@ def decode(
     Raises:
         ValueError: A setting is outside its range, or draws are asked of beams.
     """
-    check_draws(temperature=temperature, top_k=top_k, top_p=top_p)
-    _check(max_new_tokens, network.target_length, num_beams, length_penalty, temperature)
+    check_generation(
+        max_new_tokens=max_new_tokens,
+        target_length=network.target_length,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
     num_sources, device = len(source), source.device
     search: _Beams | _Draws
     if num_beams > 1:
@@ -237,13 +244,22 @@ def _is_true_on_all_ranks(flags: Tensor) -> bool:
     return bool(flag)
 
 
-def _check(
+def check_generation(
+    *,
     max_new_tokens: int,
     target_length: int,
     num_beams: int,
     length_penalty: float,
     temperature: float,
+    top_k: int,
+    top_p: float,
 ) -> None:
+    """Check settings of `decode`.
+
+    Raises:
+        ValueError: One is outside its range.
+    """
+    check_draws(temperature=temperature, top_k=top_k, top_p=top_p)
     if not 1 <= max_new_tokens <= target_length:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} -> the network is made for targets of 1 to "

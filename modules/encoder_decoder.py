@@ -14,14 +14,18 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 
 from datamodules.batch import IGNORED, PairBatch
-from modules.decoding import decode, pad_sources
+from modules.decoding import check_generation, decode, pad_sources
 from modules.encoder_decoder_kinds import choose_network
 from modules.generation import Tokenizer, merge_settings
 from modules.optim import Schedule, build_optimizer, build_schedule
-from modules.scores import Row, check_scores, gather_rows, score, texts_of
+from modules.scores import Generated, Row
 from modules.teacher_forcing import TeacherForcing
 
 _SOURCES_AT_ONCE = 32  # of `generate`
+NOT_OF_PAIRS = (
+    "module=encoder_decoder -> the datamodule gives no pairs of source and target -> set "
+    "datamodule=pairs, or datamodule=denoising"
+)
 
 
 class EncoderDecoder(LightningModule):
@@ -53,8 +57,7 @@ class EncoderDecoder(LightningModule):
         pair_tokens: `pairs`, and their tokens `source` and `target`, of the training data.
         generation: `max_new_tokens` (None: `target_length`), `num_beams`, `length_penalty`,
             `temperature`, `top_k` and `top_p` of `modules.decoding.decode`.
-        scores: `names` out of `modules.scores.SCORES`; `max_samples` to generate in a validation
-            while training, None for all; `num_rows` of them to keep as samples.
+        scores: Arguments of `modules.scores.Generated`.
         seed: Of the initial values, of the coins of teacher forcing and of sampling.
 
     Raises:
@@ -87,7 +90,6 @@ class EncoderDecoder(LightningModule):
         seed: int,
     ):
         super().__init__()
-        check_scores(scores["names"])
         if not 0 <= label_smoothing < 1:
             raise ValueError(
                 f"module.label_smoothing={label_smoothing} -> it is a share -> choose 0 to below 1"
@@ -115,12 +117,14 @@ class EncoderDecoder(LightningModule):
         )
         self.optimizer_settings = {k: v for k, v in optimizer.items() if k != "gradient_clip"}
         self.schedule = Schedule(plan, **schedule)  # here, so that a wrong one fails early
-        self.generation, self.scores, self.seed = dict(generation), scores, seed
+        self.generation, self.seed = dict(generation), seed
+        self.generated = Generated(**scores)
+        if generation["max_new_tokens"] is None:
+            self.generation["max_new_tokens"] = target_length
+        check_generation(target_length=target_length, **self.generation)
         self.nats = SumMetric(nan_strategy="disable").set_dtype(torch.float64)  # as `modules.gpt`
         self.num_targets = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
         self.num_correct = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
-        self._own_rows: list[Row] = []
-        self._is_scored = False
         self.rows: list[Row] = []
         """Source, target and prediction of all that the last evaluation generated."""
         self.signatures: dict[str, str] = {}
@@ -168,7 +172,8 @@ class EncoderDecoder(LightningModule):
             `loss`, the summed loss over the batch's `divisor`, so that averaging micro-batches and
             ranks weighs every target of the step the same; and `train/loss`, a sum and its weight.
         """
-        assert "divisor" in batch  # of training
+        if "divisor" not in batch:
+            raise ValueError(NOT_OF_PAIRS)
         targets, samples = batch["targets"], self.global_step * self.plan["batch_samples"]
         coins = self.teacher_forcing.coins(samples, targets.size(1))
         total = self.network(
@@ -192,8 +197,10 @@ class EncoderDecoder(LightningModule):
         self.nats.update(nats)
         self.num_targets.update((targets != IGNORED).sum())
         self.num_correct.update((logits.argmax(-1) == targets).sum())
-        if batch_idx * len(targets) * self.trainer.world_size < self._num_generated(batch):
-            self._own_rows += self._predict(batch)
+        num_before = batch_idx * len(targets) * self.trainer.world_size
+        if self.generated.has_room(num_before, batch, is_training=self.trainer.state.fn == "fit"):
+            sequences = self._decode(batch["source"], batch["source_mask"], self.seed, {})
+            self.generated.add(batch, sequences, self.trainer.datamodule)  # type: ignore
 
     def test_step(self, batch: PairBatch, batch_idx: int) -> None:
         """As `validation_step`."""
@@ -207,25 +214,6 @@ class EncoderDecoder(LightningModule):
         """Log losses, accuracy and scores under `test/`."""
         self._log_evaluation("test")
 
-    def _num_generated(self, batch: PairBatch) -> float:
-        """Samples to generate targets of, over all ranks; the same on each of them."""
-        self._is_scored = "texts" in batch and bool(self.scores["names"])
-        if not self._is_scored:
-            return self.scores["num_rows"]
-        is_training = self.trainer.state.fn == "fit"
-        max_samples = self.scores["max_samples"] if is_training else None
-        return float("inf") if max_samples is None else max_samples
-
-    def _predict(self, batch: PairBatch) -> list[Row]:
-        sequences = self._decode(batch["source"], batch["source_mask"], self.seed, {})
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        texts, is_text = batch.get("texts"), "texts" in batch  # else special tokens are seen, too
-        predictions = data.target_tokenizer.decode_batch(sequences, skip_special_tokens=is_text)
-        texts = texts or texts_of(batch, data.tokenizer, data.target_tokenizer)
-        is_sample = (batch["targets"] != IGNORED).any(1).tolist()
-        rows = zip(texts, predictions, is_sample, strict=True)
-        return [(*text, prediction) for text, prediction, is_one in rows if is_one]
-
     def _log_evaluation(self, split: Literal["val", "test"]) -> None:
         count = self.num_targets.compute()  # over all ranks
         loss = self.nats.compute() / count
@@ -233,11 +221,10 @@ class EncoderDecoder(LightningModule):
         values[f"{split}/token_accuracy"] = self.num_correct.compute() / count
         for metric in (self.nats, self.num_targets, self.num_correct):
             metric.reset()
-        self.rows, self._own_rows = gather_rows(self._own_rows), []
-        if self._is_scored and self.rows:
-            found, self.signatures = score(self.rows, self.scores["names"])
-            # Of torch's default dtype on any device, where others are fp64.
-            values |= {f"{split}/{name}": torch.tensor(value) for name, value in found.items()}
+        scores = self.generated.finish()
+        self.rows, self.signatures = self.generated.rows, self.generated.signatures
+        # Of torch's default dtype on any device, where others are fp64.
+        values |= {f"{split}/{name}": torch.tensor(value) for name, value in scores.items()}
         # Equal on all ranks already; without sync_dist Lightning warns that they may not be.
         self.log_dict(values, sync_dist=True)
 
@@ -265,6 +252,11 @@ class EncoderDecoder(LightningModule):
             ValueError: A source is too long, or a setting is outside its range.
         """
         seed, num_sequences = settings.pop("seed"), settings.pop("num_sequences", 1)
+        if num_sequences > 1 and merge_settings(self.generation, settings)["temperature"] == 0:
+            raise ValueError(
+                f"num_sequences={num_sequences} -> without draws all would be the same -> set "
+                "temperature above 0"
+            )
         sources = [[*prompt, self.source_end_token] for prompt in prompts]
         longest = max(map(len, sources))
         if longest > self.source_length:
@@ -288,13 +280,11 @@ class EncoderDecoder(LightningModule):
         self, source: Tensor, mask: Tensor, seed: int, settings: Mapping[str, Any]
     ) -> list[list[int]]:
         chosen = merge_settings(self.generation, settings)
-        if chosen["max_new_tokens"] is None:
-            chosen["max_new_tokens"] = self.network.target_length
         return decode(self.network, source, mask, **self.tokens, seed=seed, **chosen)
 
     def preview(self, tokenizer: Tokenizer) -> list[dict[str, str]]:
         """Some of what the last validation generated: rows of source, target and prediction."""
         return [
             {"source": source, "target": target, "prediction": prediction}
-            for source, target, prediction in self.rows[: self.scores["num_rows"]]
+            for source, target, prediction in self.rows[: self.generated.num_rows]
         ]

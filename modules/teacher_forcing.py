@@ -49,6 +49,11 @@ class TeacherForcing:
                     f"module.teacher_forcing.{key}={value} -> a Transformer predicts all steps at "
                     "once, each from the targets before it -> set 1, or take a recurrent preset"
                 )
+        if decay_samples is not None and decay_samples < 1:
+            raise ValueError(
+                f"module.teacher_forcing.decay_samples={decay_samples} -> samples of the run -> "
+                "use 1 or more, or null for all of it"
+            )
         self.start, self.end, self.length, self.seed = start, end, length, seed
         self.decay_samples = decay_samples or plan["max_samples"]
 

@@ -25,6 +25,7 @@ def make_pairs(path: Path | None = None, **settings: Any) -> PairCorpus:
         "source_key": "de",
         "target_key": "en",
         "tokenizer": "byte",
+        "target_tokenizer": None,
         "joint_vocabulary": True,
         "vocab_size": None,
         "min_frequency": None,

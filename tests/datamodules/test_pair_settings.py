@@ -200,10 +200,27 @@ def test_errors_name_key_value_and_remedy(pairs: Pairs, jsonl: Path, tmp_path: P
         r"corpus.max_length_ratio=0.5 -> .* from 1 on": {"max_length_ratio": 0.5},
         r"corpus.min_frequency=0 -> ": {"min_frequency": 0},
         r"corpus.num_sentinels=-1 -> ": {"num_sentinels": -1},
-        r"joint_vocabulary=false -> one file": {"tokenizer": "x", "joint_vocabulary": False},
+        r"two vocabularies of files": {"tokenizer": "x", "joint_vocabulary": False},
+        r"corpus.min_frequency=2 -> .*char learns": {"tokenizer": "char", "min_frequency": 2},
         r"max_characters=1, .* -> removed all 200": {"max_characters": 1},
         r"corpus.val_fraction=1e-06, .* fell into val": {"val_fraction": 1e-6},
     }
     for message, settings in cases.items():
         with pytest.raises(ValueError, match=message):
             make_pairs(jsonl, **settings).prepare(tmp_path / "data")
+
+
+def test_two_vocabularies_of_another_corpus_are_taken_over(pairs: Pairs, tmp_path: Path) -> None:
+    files, two = write_parallel(tmp_path, list(pairs)), {"joint_vocabulary": False}
+    first = make_pairs(train=files, tokenizer="word", **two).prepare(tmp_path / "data")
+    paths = [first.path / name for name in ("tokenizer.json", "target_tokenizer.json")]
+    given = {"tokenizer": str(paths[0]), "target_tokenizer": str(paths[1])}
+    fewer = write_parallel(tmp_path / "fewer", list(pairs)[:100])
+    second = make_pairs(train=fewer, **given, **two).prepare(tmp_path / "data")
+    for path in paths:
+        ours = load_tokenizer(second.path / path.name).get_vocab()
+        assert ours == load_tokenizer(path).get_vocab()
+    sizes = [first.facts[key] for key in ("vocab_size", "target_vocab_size")]
+    own, other = (load_tokenizer(path).get_vocab() for path in paths)
+    assert own != other
+    assert [second.facts[key] for key in ("vocab_size", "target_vocab_size")] == sizes

@@ -17,8 +17,8 @@ def overrides(pair_files, data_dir):
 
 
 @pytest.fixture
-def run(overrides, train, tmp_path) -> RunDirectory:
-    return train(
+def settings(overrides, tmp_path):
+    return [
         "experiment=translation_small",
         *overrides,
         f"runs_dir={tmp_path / 'runs'}",
@@ -36,7 +36,12 @@ def run(overrides, train, tmp_path) -> RunDirectory:
         "datamodule.max_source_tokens=12",
         "datamodule.max_target_tokens=12",
         "datamodule.longer=raise",
-    )
+    ]
+
+
+@pytest.fixture
+def run(settings, train) -> RunDirectory:
+    return train(*settings)
 
 
 def test_pairs_are_trained_on_scored_and_answered(run, compose, capfd):
@@ -60,6 +65,29 @@ def test_pairs_are_trained_on_scored_and_answered(run, compose, capfd):
         generate_text(compose("generate", [*settings, f"prompt={' '.join(['sea'] * 12)}"]))
     with pytest.raises(ValueError, match="stop=false -> an answer of EncoderDecoder"):
         generate_text(compose("generate", [*settings, "prompt=sea", "stop=false"]))
+
+
+def test_other_pairs_start_from_a_run_with_its_vocabularies(run, settings, train):
+    other = [*settings, "run.name=other", "corpus.seed=3", "max_steps=1", f"init_from={run.path}"]
+    with pytest.raises(ValueError, match=r"corpus.tokenizer=.*/tokenizer.json") as refused:
+        train(*other, "corpus.vocab_size=6")
+    assert "(10 tokens) than that of the data (6 tokens" in str(refused.value)
+    files = [f"corpus.{name}={run.path}/{name}.json" for name in ("tokenizer", "target_tokenizer")]
+    begun = train(*other, *files)
+    assert begun.config.data.digest != run.config.data.digest
+    assert begun.summary["val/loss"] < run.summary["val/loss"] + 0.5
+
+
+def test_pairs_read_as_text_are_refused(overrides, train, tmp_path):
+    run = [f"runs_dir={tmp_path / 'runs'}", "batch_samples=4", "max_steps=1"]
+    with pytest.raises(ValueError, match="datamodule=text -> the corpus has pairs"):
+        train(
+            "corpus=pairs",
+            "corpus.tokenizer=char",
+            "datamodule.sequence_length=8",
+            *overrides,
+            *run,
+        )
 
 
 def test_files_of_unequal_length_are_refused_by_both_counts(overrides, compose, tmp_path):

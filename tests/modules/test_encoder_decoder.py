@@ -80,6 +80,13 @@ def test_every_parameter_has_one_role_and_an_initial_value_by_name(preset):
         assert torch.equal(model.initial_value(name), parameter)
 
 
+def test_batches_of_text_are_refused():
+    batch = make_batch()
+    text: Any = {name: batch[name] for name in ("inputs", "targets")}
+    with pytest.raises(ValueError, match="datamodule=pairs, or datamodule=denoising"):
+        build().training_step(text, 0)
+
+
 @pytest.mark.parametrize("preset", ["lstm_small", "gru_attention"])
 def test_scheduled_teacher_forcing_changes_what_is_fed(preset):
     batch = make_batch()
@@ -156,7 +163,7 @@ def test_evaluation_is_exact_over_targets(preset):
     assert found["test/perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
     assert found["test/token_accuracy"] == pytest.approx(correct / count)
     assert len(model.rows) == 6
-    values, _ = score(model.rows, ["bleu", "chrf", "rouge"])
+    values, _ = score(model.rows, ["bleu", "chrf", "rouge"], "13a")
     assert {f"test/{name}": pytest.approx(value) for name, value in values.items()} == {
         key: value for key, value in found.items() if key.partition("/")[2] in values
     }
@@ -184,7 +191,7 @@ def test_without_texts_only_samples_are_generated():
     batches = [make_batch(seed=seed) for seed in range(3)]
     found = evaluate(model, batches, "val")
     assert "val/bleu" not in found
-    assert len(model.rows) == 4  # of the first batch alone
+    assert len(model.rows) == 3  # of the first batch alone
     assert model.rows[0][0] == Words().decode(batches[0]["source"][0, :5].tolist())
     assert len(model.preview(Words())) == 3
 
@@ -217,6 +224,8 @@ def test_several_sequences_of_a_source_are_other_draws():
         ({"scores": {"names": ["meteor"]}}, "meteor is unknown"),
         ({"teacher_forcing": {"end": 0.5}}, r"teacher_forcing\.end=0\.5 -> a Transformer"),
         ({"label_smoothing": 1.5}, r"module\.label_smoothing=1\.5 -> "),
+        ({"generation": {"num_beams": 0}}, "num_beams=0 -> "),
+        ({"generation": {"max_new_tokens": 99}}, "max_new_tokens=99 -> .* 1 to 10 tokens"),
     ],
 )
 def test_impossible_setting_is_refused(settings, message):
@@ -240,6 +249,7 @@ def _settings_of(settings):
         ({"prompts": [list(range(1, 14))], "seed": 0}, "its 14 tokens .* more than the 12"),
         ({"prompts": [[1]], "seed": 0, "stop_token": None}, "stop_token=None -> this model has no"),
         ({"prompts": [[1]], "seed": 0, "num_beams": 0}, "num_beams=0 -> "),
+        ({"prompts": [[1]], "seed": 0, "num_sequences": 2}, "num_sequences=2 -> .* the same"),
     ],
 )
 def test_impossible_generation_is_refused(call, message):

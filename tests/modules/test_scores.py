@@ -31,9 +31,9 @@ def ngrams(text, size):
 
 
 def test_bleu_is_that_of_the_whole_corpus():
-    values, signatures = score(ROWS, ["bleu"])
+    values, signatures = score(ROWS, ["bleu"], "13a")
     assert values["bleu"] == pytest.approx(bleu_by_hand(ROWS))
-    single = [score([row], ["bleu"])[0]["bleu"] for row in ROWS]
+    single = [score([row], ["bleu"], "13a")[0]["bleu"] for row in ROWS]
     assert values["bleu"] != pytest.approx(sum(single) / 2, abs=1)  # no mean of sentences
     assert "tok:13a" in signatures["bleu"]
     assert "version:" in signatures["bleu"]
@@ -41,22 +41,32 @@ def test_bleu_is_that_of_the_whole_corpus():
 
 def test_scores_agree_on_what_is_perfect_and_what_is_worse():
     names = ["bleu", "chrf", "rouge"]
-    perfect, signatures = score([(s, t, t) for s, t, _ in ROWS], names)
+    perfect, signatures = score([(s, t, t) for s, t, _ in ROWS], names, "13a")
     assert perfect == pytest.approx(dict.fromkeys(perfect, 100.0))
-    worse, _ = score(ROWS, names)
+    worse, _ = score(ROWS, names, "13a")
     assert {*worse} == {"bleu", "chrf", "rouge1", "rouge2", "rougeL"}
     assert all(worse[name] < 99 for name in worse)
     assert {*signatures} == {*names}
 
 
 def test_rouge_counts_common_words():
-    values, _ = score([("", "red green blue", "red green")], ["rouge"])
+    values, _ = score([("", "red green blue", "red green")], ["rouge"], "13a")
     assert values["rouge1"] == pytest.approx(100 * 2 * (1 * 2 / 3) / (1 + 2 / 3))
 
 
 def test_unknown_score_is_refused():
     with pytest.raises(ValueError, match=r"module\.scores\.names=\['meteor'\] -> meteor"):
-        check_scores(["meteor"])
+        check_scores(["meteor"], "13a")
+    with pytest.raises(ValueError, match=r"bleu_tokenize=moses -> unknown"):
+        check_scores(["bleu"], "moses")
+
+
+def test_texts_without_spaces_are_scored_by_characters():
+    rows = [("", "\u732b\u5728\u684c\u5b50\u4e0a", "\u732b\u5728\u684c\u5b50\u4e0b")]
+    by_words, _ = score(rows, ["bleu"], "13a")
+    by_characters, signatures = score(rows, ["bleu"], "zh")
+    assert by_words["bleu"] < by_characters["bleu"]
+    assert "tok:zh" in signatures["bleu"]
 
 
 def test_rows_of_one_process_are_its_own():

@@ -44,6 +44,7 @@ def test_all_fed_needs_no_coins():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"decay_samples": 0}, r"decay_samples=0 -> .* 1 or more"),
         ({"start": 1.5}, r"teacher_forcing\.start=1\.5 -> .* 0 to 1"),
         ({"end": 0.5, "is_recurrent": False}, r"teacher_forcing\.end=0\.5 -> a Transformer"),
     ],
