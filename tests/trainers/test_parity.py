@@ -225,10 +225,9 @@ def test_two_ranks_train_as_one_in_more_cells(tmp_path):
         ["modules=gpt,two_networks", "recompute=none,full,selective,every_2"],
         [
             "modules=encoder_decoder,lstm",
-            "precisions=fp32",
+            "precisions=fp32,bf16",
             "recompute=none",
             "micro=2",
-            "strategies=ddp,zero1,zero2,zero3,fsdp",
         ],
     ],
     ids=["gpt and two networks", "pairs"],
