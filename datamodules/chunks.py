@@ -13,6 +13,9 @@ from datamodules.index import Index
 from datamodules.order import Int64Array
 from datamodules.reader import BadSamples, ShardReader
 
+READ_TOKENS = 2**18
+"""Tokens copied in one go, which spares small batches the cost of a call per shard."""
+
 _CACHED_ENDS = 4096
 """Chunks whose document ends are kept at hand: 2 GiB of text at 1 MiB a chunk."""
 
@@ -30,6 +33,7 @@ class TokenChunks:
         dtype: of the stored tokens.
         reader: of the shards.
         lengths: int64 [chunks], tokens of each.
+        stops: int64 [chunks], their ends, counted through the data set.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class TokenChunks:
         self.dtype = np.dtype(index.schema["tokens.npy"]["dtype"]).newbyteorder("<")
         self.reader = ShardReader(index, bad_samples, cache)
         self.lengths: Int64Array = index.lengths.astype(np.int64)
+        self.stops: Int64Array = np.cumsum(self.lengths)
         self._usable = usable
         # Of each chunk the one to read, its region, and its first token counted from the region's
         # begin; filled in as chunks are met.
@@ -64,6 +69,20 @@ class TokenChunks:
             self._meet(chunk)
         read = self._chunk[chunks]
         return read, self._region[read], self._start[read]
+
+    def expect(self, windows: Int64Array, tokens_of: Callable[[int], tuple[int, int]]) -> None:
+        """Begin to fetch what some windows of tokens lie in, where it is not local.
+
+        Args:
+            windows: int64 [n], each once or more; in the order in which they come first.
+            tokens_of: gives a window's first token and the one it stops before, counted through the
+                data set.
+        """
+        _, firsts = np.unique(windows, return_index=True)
+        for window in windows[np.sort(firsts)].tolist():
+            start, stop = tokens_of(window)
+            first, last = self.stops.searchsorted([start, stop - 1], side="right")
+            self.reader.expect(np.arange(first, last + 1))
 
     def start(self, chunks: Int64Array) -> Int64Array:
         """First tokens of chunks that have been located."""
@@ -106,3 +125,8 @@ class TokenChunks:
     def __getstate__(self) -> dict[str, object]:
         """Leave the cached views behind, which cannot be sent to another process."""
         return {**self.__dict__, "_ends": {}}
+
+
+def any_chunk(chunk: int) -> bool:
+    """Let every chunk stand for another."""
+    return True

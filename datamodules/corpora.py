@@ -20,7 +20,6 @@ from datamodules.lines import suffix_of
 from datamodules.preparation import (
     TRAINING_BYTES,
     UNITS_FOLDER,
-    check_fractions,
     check_sizes,
     check_splits,
     count_splits,
@@ -36,7 +35,6 @@ from datamodules.tokenization import (
     BPE,
     CHAR,
     build_tokenizer,
-    check_sentinels,
     find_sentinels,
     load_tokenizer,
 )
@@ -109,9 +107,7 @@ class Corpus:
             ValueError: the corpus is missing, empty, unreadable or too small for its splits, or a
                 setting is impossible; the message names the key.
         """
-        check_sizes(self.chunk_kb, self.shard_mb, self.seed)
-        check_fractions(self.val_fraction, self.test_fraction)
-        check_sentinels(self.num_sentinels)
+        check_sizes(self)
         self._check_cleaning()
         files = list_files(str(self.path), list(self.suffixes))
         build = partial(self._build, files)

@@ -1,5 +1,6 @@
 """A LightningDataModule of a prepared corpus, or of several in a blend; kinds of data extend it."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,12 +55,12 @@ class CorpusDataModule(StreamDataModule):
         """What the prepared data is; see `datamodules.corpora.PreparedData`."""
         return self._find().facts
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the prepared data."""
         return load_tokenizer(self._find().path / TOKENIZER_FILE)
 
-    @property
+    @cached_property
     def target_tokenizer(self) -> Tokenizer:
         """The tokenizer of what is predicted; the same, where a kind of data has no other."""
         return self.tokenizer

@@ -25,6 +25,7 @@ from datamodules.index import Index
 from datamodules.meter import Row
 from datamodules.order import Int64Array, UInt64Array, hash_key, splitmix64
 from datamodules.rows import TextRows
+from datamodules.settings import check_choice
 from datamodules.text import TextDataModule
 from datamodules.workers import SampleSource
 
@@ -133,11 +134,7 @@ class DenoisingDataModule(TextDataModule):
         mean_span_length: float,
         **corpus_stream: Any,
     ) -> None:
-        if objective not in OBJECTIVES:
-            raise ValueError(
-                f"datamodule.objective={objective} -> unknown -> choose one of "
-                f"{', '.join(OBJECTIVES)}"
-            )
+        check_choice("objective", objective, OBJECTIVES)
         if source_length < 2:
             raise ValueError(
                 f"datamodule.source_length={source_length} -> its end token is one of them -> use "

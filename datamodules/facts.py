@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 TOKENIZER_FILE, FACTS_FILE = "tokenizer.json", "dataset.json"
+PAIRS = "pairs"
+"""`kind` of a corpus of pairs."""
 TARGET_TOKENIZER_FILE, TEXTS_FILE = "target_tokenizer.json", "texts.jsonl"
 
 
@@ -32,7 +34,7 @@ class PreparedData:
 
     def print_summary(self) -> None:
         """Print what each split holds, the sizes of vocabularies, and where the data lies."""
-        is_pairs = self.facts.get("kind") == "pairs"
+        is_pairs = self.facts.get("kind") == PAIRS
         counts = ("documents", "tokens")
         if is_pairs:
             counts = ("pairs", "source_tokens", "target_tokens")
@@ -58,7 +60,7 @@ class PreparedData:
         console.print(f"path: {self.path}", soft_wrap=True, highlight=False)
 
     def _cleaning_table(self) -> Table:
-        noun = "pairs" if self.facts.get("kind") == "pairs" else "documents"
+        noun = "pairs" if self.facts.get("kind") == PAIRS else "documents"
         table = Table("cleaning", "", noun, "bytes")
         for verb in ("changed", "removed"):
             for step, counts in self.facts[verb].items():

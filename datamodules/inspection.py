@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from datamodules.facts import FACTS_FILE, TARGET_TOKENIZER_FILE, TEXTS_FILE
+from datamodules.facts import FACTS_FILE, PAIRS, TARGET_TOKENIZER_FILE, TEXTS_FILE
 from datamodules.foreign import open_archive
 from datamodules.index import INDEX_FILE, Index, Shard, digest_file, is_remote, read_index
 from datamodules.processes import run_tasks
@@ -64,7 +64,7 @@ def inspect_data(path: str, num_processes: int | None) -> None:
         )
     _print_counts(list(indexes))
     for index in indexes:
-        if (facts := _read_facts(index)).get("kind") == "pairs":
+        if (facts := _read_facts(index)).get("kind") == PAIRS:
             _print_pairs(index, facts["is_joint"])
         else:
             _print_samples(index)

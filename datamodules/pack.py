@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from datamodules.batch import IGNORED, TextBatch
 from datamodules.block_cache import BlockCache
-from datamodules.chunks import TokenChunks
+from datamodules.chunks import TokenChunks, any_chunk
 from datamodules.index import Index, digest_bytes, write_atomically
 from datamodules.meter import Counter, Row, new_row
 from datamodules.order import Int64Array
@@ -124,14 +124,13 @@ class PackedRows:
         cache: BlockCache | None = None,
     ) -> None:
         self._length, self._end_token = sequence_length, end_token
-        self._chunks = TokenChunks(index, bad_samples, cache, _is_usable)
+        self._chunks = TokenChunks(index, bad_samples, cache, any_chunk)
         self._documents = index.documents
         if not len(index.documents):
             raise ValueError(
                 f"datamodule.packing=best_fit -> {index.path} has no lengths of documents to plan "
                 "rows from -> use packing=cut, or prepare the corpus again"
             )
-        self._chunk_ends = np.cumsum(index.lengths, dtype=np.int64)
         self._lay_windows(index)
         self.samples_per_block: Int64Array = self._count_rows(index)
         self.sample_bytes = sequence_length * self._chunks.dtype.itemsize
@@ -150,11 +149,7 @@ class PackedRows:
 
     def expect(self, blocks: Int64Array) -> None:
         """Begin to fetch some windows, int64 [n], in this order, where they are not local."""
-        _, firsts = np.unique(blocks, return_index=True)
-        for window in blocks[np.sort(firsts)].tolist():
-            start, stop = self._tokens_of(window)
-            ends = np.searchsorted(self._chunk_ends, [start, stop - 1], side="right")
-            self._chunks.reader.expect(np.arange(ends[0], ends[1] + 1))
+        self._chunks.expect(blocks, self._tokens_of)
 
     def plan(
         self, epochs: Int64Array | None, blocks: Int64Array, samples: Int64Array
@@ -250,10 +245,10 @@ class PackedRows:
     def _tokens(self, start: int, stop: int) -> NDArray:
         """Read tokens by their numbers in the data set."""
         parts = []
-        chunk = int(np.searchsorted(self._chunk_ends, start, side="right"))
+        chunk = int(np.searchsorted(self._chunks.stops, start, side="right"))
         while start < stop:
-            end = int(self._chunk_ends[chunk])
-            chunk_start = int(self._chunk_ends[chunk - 1]) if chunk else 0
+            end = int(self._chunks.stops[chunk])
+            chunk_start = int(self._chunks.stops[chunk - 1]) if chunk else 0
             parts.append(self._slice(chunk, start - chunk_start, min(stop, end) - chunk_start))
             start, chunk = min(stop, end), chunk + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -267,10 +262,6 @@ class PackedRows:
     def __getstate__(self) -> dict[str, object]:
         """Leave the counters behind, which belong to a process."""
         return {**self.__dict__, "_row": new_row()}
-
-
-def _is_usable(chunk: int) -> bool:
-    return True
 
 
 def _sum_by_shard(index: Index) -> Int64Array:

@@ -10,7 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datamodules.facts import TARGET_TOKENIZER_FILE, TEXTS_FILE, TOKENIZER_FILE, PreparedData
+from datamodules.facts import (
+    PAIRS,
+    TARGET_TOKENIZER_FILE,
+    TEXTS_FILE,
+    TOKENIZER_FILE,
+    PreparedData,
+)
 from datamodules.index import write_atomically, write_index
 from datamodules.pair_cleaning import Pair, PairCleaning
 from datamodules.pair_selection import select_pairs
@@ -20,7 +26,6 @@ from datamodules.preparation import (
     TRAINING_BYTES,
     UNITS_FOLDER,
     check_bounds,
-    check_fractions,
     check_sizes,
     check_splits,
     prepare_once,
@@ -35,7 +40,6 @@ from datamodules.tokenization import (
     CHAR,
     KINDS,
     build_tokenizer,
-    check_sentinels,
     find_sentinels,
     load_tokenizer,
 )
@@ -65,16 +69,14 @@ class PairCorpus:
         target_tokenizer: path of that of targets, where `tokenizer` is that of sources; else None.
         joint_vocabulary: one for both sides; else each has its own, of one kind.
         vocab_size: tokens of a `bpe` or `word` vocabulary; None takes every word.
-        min_frequency: how often a word, or a pair of tokens to be merged, must occur in training
-            text; None sets no bound.
+        min_frequency: times that a word, or a merged pair of tokens, occurs at least; None: any.
         lowercase: lower-case all text.
         num_sentinels: tokens `<extra_id_0>`, ... at the end of each vocabulary.
         end_token: token after each text.
         start_token: token that a decoder begins with; None takes the end token.
         empty: what becomes of a pair with a text without visible characters: `raise` or `drop`.
         max_characters: pairs with a longer text are removed; None sets no bound.
-        max_length_ratio: so are pairs of which one text has more than this many times the
-            characters of the other.
+        max_length_ratio: so are pairs with more than so many times the characters on one side.
         unique: of equal pairs the first stays.
         val_fraction: share of the pairs of `train`; without effect where `val` has files.
         test_fraction: the same for the test split; 0 makes none.
@@ -131,9 +133,7 @@ class PairCorpus:
         return prepare_once(self.name, data_dir, every, settings, build)
 
     def _check(self) -> None:
-        check_sizes(self.chunk_kb, self.shard_mb, self.seed)
-        check_fractions(self.val_fraction, self.test_fraction)
-        check_sentinels(self.num_sentinels)
+        check_sizes(self)
         if self.empty not in ("raise", "drop"):
             raise ValueError(f"corpus.empty={self.empty} -> no such way -> choose raise or drop")
         check_bounds(self, max_characters=int, min_frequency=int, max_length_ratio=int | float)
@@ -161,7 +161,7 @@ class PairCorpus:
         fractions = self._fractions(files)
         settings = {
             "version": FORMAT_VERSION,
-            "kind": "pairs",
+            "kind": PAIRS,
             "splits": list(files),
             "val_fraction": fractions["val"],
             "test_fraction": fractions["test"],
@@ -200,7 +200,7 @@ class PairCorpus:
         source, target = (load_tokenizer(file) for file in tokenizers)
         start = self.end_token if self.start_token is None else self.start_token
         return {
-            "kind": "pairs",
+            "kind": PAIRS,
             "vocab_size": vocab_size_of(source),
             "target_vocab_size": vocab_size_of(target),
             "is_joint": self.joint_vocabulary,

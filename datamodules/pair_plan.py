@@ -182,6 +182,11 @@ class PairPlan:
         lengths = np.where(before < 2 * rest[:, None], self._documents[places], 0)
         return self._token_sums[known] + lengths.sum(1, dtype=np.int64)
 
+    def tokens_of(self, window: int) -> tuple[int, int]:
+        """First token of a window in the data set, and the one that it stops before."""
+        first, stop = self.first_tokens(self.window_bounds[window : window + 2]).tolist()
+        return first, stop
+
     def _sum_tokens(self) -> Int64Array:
         """Tokens before each `_SUMMED_PAIRS`-th pair, and all of them at the end."""
         firsts = np.arange(0, len(self._documents), 2 * _SUMMED_PAIRS)

@@ -16,15 +16,12 @@ from numpy.typing import NDArray
 
 from datamodules.batch import IGNORED, PairBatch
 from datamodules.block_cache import BlockCache
-from datamodules.chunks import TokenChunks
+from datamodules.chunks import READ_TOKENS, TokenChunks, any_chunk
 from datamodules.index import Index
 from datamodules.meter import Counter, Row, new_row
 from datamodules.order import Int64Array
 from datamodules.pair_plan import PairPlan
 from datamodules.reader import RAISE, BadSamples
-
-_READ_TOKENS = 2**18
-"""Tokens copied in one go, which spares small batches the cost of a call per shard."""
 
 
 class PairRows:
@@ -64,9 +61,8 @@ class PairRows:
     ) -> None:
         self._plan, self._texts, self._start_token = plan, texts, start_token
         self._end_tokens = end_token, target_end_token
-        self._chunks = TokenChunks(index, bad_samples, cache, _is_usable)
-        self._chunk_ends = np.cumsum(index.lengths, dtype=np.int64)
-        self._chunk_begins = self._chunk_ends - index.lengths
+        self._chunks = TokenChunks(index, bad_samples, cache, any_chunk)
+        self._chunk_begins = self._chunks.stops - self._chunks.lengths
         self.samples_per_block: Int64Array = plan.samples_per_window
         self.sample_bytes = max(1, int(plan.tokens_per_sample * self._chunks.dtype.itemsize))
         self.identity: dict[str, Any] = {"index_digest": index.digest, **plan.identity}
@@ -80,11 +76,7 @@ class PairRows:
 
     def expect(self, blocks: Int64Array) -> None:
         """Begin to fetch some windows, int64 [n], in this order, where they are not local."""
-        _, firsts = np.unique(blocks, return_index=True)
-        for window in blocks[np.sort(firsts)].tolist():
-            first, stop = self._plan.first_tokens(self._plan.window_bounds[window : window + 2])
-            ends = np.searchsorted(self._chunk_ends, [first, stop - 1], side="right")
-            self._chunks.reader.expect(np.arange(ends[0], ends[1] + 1))
+        self._chunks.expect(blocks, self._plan.tokens_of)
 
     def plan(
         self, epochs: Int64Array | None, blocks: Int64Array, samples: Int64Array
@@ -101,7 +93,7 @@ class PairRows:
     def batches(self, addresses: Int64Array) -> Iterator[PairBatch]:
         """Read planned samples [batches, samples, 3] into batches."""
         num_batches, num_samples, _ = addresses.shape
-        together = max(1, int(_READ_TOKENS / (num_samples * self._plan.tokens_per_sample)))
+        together = max(1, int(READ_TOKENS / (num_samples * self._plan.tokens_per_sample)))
         for start in range(0, num_batches, together):
             planned = addresses[start : start + together]
             windows, samples, epochs = planned.reshape(-1, 3).T
@@ -175,11 +167,11 @@ class PairRows:
             whether that is so of a part of each run.
         """
         # A run that a chunk's end divides is several segments.
-        first = self._chunk_ends.searchsorted(starts, side="right")
-        last = self._chunk_ends.searchsorted(starts + lengths - 1, side="right")
+        first = self._chunks.stops.searchsorted(starts, side="right")
+        last = self._chunks.stops.searchsorted(starts + lengths - 1, side="right")
         run, chunks = _spread(first, last - first + 1)
         begins = np.maximum(starts[run], self._chunk_begins[chunks])
-        sizes = np.minimum((starts + lengths)[run], self._chunk_ends[chunks]) - begins
+        sizes = np.minimum((starts + lengths)[run], self._chunks.stops[chunks]) - begins
         read, regions, region_starts = self._chunks.locate(chunks)
         from_region = region_starts + begins - self._chunk_begins[chunks]
         into_tokens = np.cumsum(sizes) - sizes
@@ -214,7 +206,3 @@ def _spread(starts: Int64Array, counts: Int64Array) -> tuple[Int64Array, Int64Ar
     owners = np.repeat(np.arange(len(starts)), counts)
     shifts = starts - (np.cumsum(counts) - counts)
     return owners, np.arange(len(owners)) + shifts[owners]
-
-
-def _is_usable(chunk: int) -> bool:
-    return True

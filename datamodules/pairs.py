@@ -1,19 +1,18 @@
 """Pairs for encoder-decoders: a corpus as a LightningDataModule whose stream resumes."""
 
 import json
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from datamodules.corpus_stream import CorpusDataModule
-from datamodules.facts import TOKENIZER_FILE
+from datamodules.facts import PAIRS, TARGET_TOKENIZER_FILE, TEXTS_FILE
 from datamodules.index import Index, digest_bytes
 from datamodules.pair_plan import LONGER, PairPlan
 from datamodules.pair_rows import PairRows
+from datamodules.settings import check_choice
 from datamodules.tokenization import load_tokenizer
-
-KIND = "pairs"
-TARGET_TOKENIZER_FILE, TEXTS_FILE = "target_tokenizer.json", "texts.jsonl"
 
 
 class PairDataModule(CorpusDataModule):
@@ -45,10 +44,7 @@ class PairDataModule(CorpusDataModule):
         **corpus_stream: Any,
     ) -> None:
         super().__init__(**corpus_stream)
-        if longer not in LONGER:
-            raise ValueError(
-                f"datamodule.longer={longer} -> unknown -> choose one of {', '.join(LONGER)}"
-            )
+        check_choice("longer", longer, LONGER)
         # An end token and something before it: what is cut to less says nothing.
         for side, limit in (("source", max_source_tokens), ("target", max_target_tokens)):
             if limit < 2:
@@ -62,12 +58,12 @@ class PairDataModule(CorpusDataModule):
         }
         self._longer, self._group_tokens, self._eval_pairs = longer, group_tokens, eval_pairs
 
-    @property
+    @cached_property
     def target_tokenizer(self) -> Tokenizer:
         """The tokenizer of the targets; that of the sources where the vocabulary is joint."""
-        path = self._find().path
-        name = TOKENIZER_FILE if self.facts["is_joint"] else TARGET_TOKENIZER_FILE
-        return load_tokenizer(path / name)
+        if self.facts["is_joint"]:
+            return self.tokenizer
+        return load_tokenizer(self._find().path / TARGET_TOKENIZER_FILE)
 
     @property
     def eval_micro_batch(self) -> int:
@@ -81,7 +77,7 @@ class PairDataModule(CorpusDataModule):
             ValueError: the corpus is none of pairs, pairs are too long, or the texts are not those
                 which were prepared.
         """
-        if self.facts.get("kind") != KIND:
+        if self.facts.get("kind") != PAIRS:
             raise ValueError(
                 f"datamodule=pairs -> the corpus in {self._find().path} is none of pairs, or a "
                 "blend, which pairs are not read from -> use one corpus of pairs (corpus=pairs)"

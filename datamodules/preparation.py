@@ -12,7 +12,7 @@ from datamodules.facts import FACTS_FILE, PreparedData
 from datamodules.index import digest_bytes, write_atomically
 from datamodules.processes import exclusive
 from datamodules.sources import SourceFile, digest_sources
-from datamodules.tokenization import BPE, KINDS, WORD
+from datamodules.tokenization import BPE, KINDS, WORD, check_sentinels
 from datamodules.units import SPLITS, MergedSplit
 
 UNITS_FOLDER = "units"
@@ -58,32 +58,27 @@ def prepare_once(
     return PreparedData(path, {"path": str(path), **facts})
 
 
-def check_fractions(val_fraction: float, test_fraction: float) -> None:
-    """Refuse shares of the evaluation splits that leave nothing to train on.
+def check_sizes(corpus: Any) -> None:
+    """Refuse sizes and shares that cannot be.
+
+    Args:
+        corpus: has `chunk_kb`, `shard_mb`, `seed`, `num_sentinels`, `val_fraction` and
+            `test_fraction`.
 
     Raises:
-        ValueError: one is negative, or their sum is 1 or more.
+        ValueError: one is too small, or nothing is left to train on.
     """
-    if min(val_fraction, test_fraction) < 0 or not val_fraction + test_fraction < 1:
-        raise ValueError(
-            f"corpus.val_fraction={val_fraction}, corpus.test_fraction={test_fraction} -> nothing "
-            "is left to train on -> their sum must be below 1"
-        )
-
-
-def check_sizes(chunk_kb: float, shard_mb: float, seed: int) -> None:
-    """Refuse sizes of what is written that are none: a part of no byte would never end.
-
-    Raises:
-        ValueError: one is too small.
-    """
-    for key, value, least in (
-        ("chunk_kb", chunk_kb, 1),
-        ("shard_mb", shard_mb, 2**-20),
-        ("seed", seed, 0),
-    ):
-        if value < least:
+    # A part of no byte would never end.
+    for key, least in {"chunk_kb": 1, "shard_mb": 2**-20, "seed": 0}.items():
+        if (value := getattr(corpus, key)) < least:
             raise ValueError(f"corpus.{key}={value} -> it is a number -> use {least} or more")
+    check_sentinels(corpus.num_sentinels)
+    val, test = corpus.val_fraction, corpus.test_fraction
+    if min(val, test) < 0 or not val + test < 1:
+        raise ValueError(
+            f"corpus.val_fraction={val}, corpus.test_fraction={test} -> nothing is left to train "
+            "on -> their sum must be below 1"
+        )
 
 
 def check_bounds(corpus: object, **kinds: Any) -> None:

@@ -18,16 +18,13 @@ from numpy.typing import NDArray
 
 from datamodules.batch import IGNORED, TextBatch
 from datamodules.block_cache import BlockCache
-from datamodules.chunks import TokenChunks
+from datamodules.chunks import READ_TOKENS, TokenChunks
 from datamodules.index import Index
 from datamodules.meter import Counter, Row, new_row
 from datamodules.order import Int64Array, distinct, hash_key, splitmix64
 from datamodules.reader import RAISE, BadSamples
 
 _PHASES = 3  # purpose of the key, next to those of `datamodules.order`
-
-_READ_TOKENS = 2**18
-"""Tokens copied in one go, which spares small batches the cost of a call per shard."""
 
 
 class TextRows:
@@ -118,7 +115,7 @@ class TextRows:
     def batches(self, addresses: Int64Array) -> Iterator[TextBatch]:
         """Read planned rows [batches, B, 3] into batches."""
         num_batches, num_rows, _ = addresses.shape
-        together = max(1, _READ_TOKENS // (num_rows * self._length))
+        together = max(1, READ_TOKENS // (num_rows * self._length))
         for start in range(0, num_batches, together):
             planned = addresses[start : start + together]
             tokens = self._read(planned.reshape(-1, 3)).reshape(*planned.shape[:2], -1)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from datamodules.corpus_stream import CorpusDataModule
+from datamodules.facts import PAIRS
 from datamodules.index import Index
 from datamodules.pack import PackedRows
 from datamodules.rows import TextRows
@@ -38,7 +39,7 @@ class TextDataModule(CorpusDataModule):
 
     def samples_of(self, split: str, index: Index) -> SampleSource:
         """Give the rows of a data set."""
-        if self.facts.get("kind") == "pairs":
+        if self.facts.get("kind") == PAIRS:
             raise ValueError(
                 "datamodule=text -> the corpus has pairs of source and target, no running text -> "
                 "set datamodule=pairs and module=encoder_decoder"

@@ -18,6 +18,7 @@ from datamodules.corpora import Corpus
 from datamodules.index import read_index
 from datamodules.text import TextDataModule
 from tests.datamodules.by_hand import read_with_webdataset
+from tests.datamodules.stream_settings import STREAM
 
 
 @pytest.fixture
@@ -54,15 +55,7 @@ def make_data(corpus: Blend, tmp_path: Path, rank: int = 0, world: int = 1, **se
                 "batch_samples": 24,
                 "micro_batch": 4,
                 "max_samples": 60 * 24,
-                "num_workers": 0,
-                "repeat_first_batch": False,
-                "window_mb": 1,
-                "tail": "drop",
-                "on_bad_sample": "raise",
-                "max_bad_samples": 10,
-                "seed": 7,
-                "val_max_samples": None,
-                "cache": {},
+                **STREAM,
             }
             super().__init__(**{**defaults, **settings})
 

@@ -18,6 +18,7 @@ from datamodules.index import Index
 from datamodules.loader import EvaluationLoader, TrainLoader, order_of
 from datamodules.rows import TextRows
 from tests.datamodules.spans import END, SENTINELS, make_corruption, reassemble
+from tests.datamodules.stream_settings import STREAM
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
@@ -145,15 +146,7 @@ def make_data(corpus: Any, tmp_path: Path, **own: Any) -> DenoisingDataModule:
         "batch_samples": G,
         "micro_batch": 4,
         "max_samples": 10 * G,
-        "num_workers": 0,
-        "repeat_first_batch": False,
-        "window_mb": 1,
-        "tail": "drop",
-        "on_bad_sample": "raise",
-        "max_bad_samples": 10,
-        "seed": 7,
-        "val_max_samples": None,
-        "cache": {},
+        **STREAM,
     }
     return DenoisingDataModule(**{**settings, **own})
 

@@ -14,6 +14,7 @@ from datamodules.corpora import Corpus
 from datamodules.denoising import DenoisingDataModule
 from datamodules.pairs import PairDataModule
 from tests.datamodules.pair_shards import PreparedPairs, draw_pairs, text_of
+from tests.datamodules.stream_settings import STREAM
 
 SPLITS = {
     "train": draw_pairs(200, longest=30),
@@ -48,15 +49,7 @@ def make_data(corpus: Any, rank: int = 0, world: int = 1, **own: Any) -> PairDat
         "batch_samples": 12,
         "micro_batch": 4,
         "max_samples": 240,
-        "num_workers": 0,
-        "repeat_first_batch": False,
-        "window_mb": 1,
-        "tail": "drop",
-        "on_bad_sample": "raise",
-        "max_bad_samples": 10,
-        "seed": 7,
-        "val_max_samples": None,
-        "cache": {},
+        **STREAM,
     }
     return OfRank(**{**settings, **own})
 

@@ -79,7 +79,7 @@ def test_batches_read_together_equal_batches_read_alone(
     chunks, samples = np.where(order < 14, 0, 3), order % 14
     addresses = rows.plan(np.ones_like(chunks), chunks, samples).reshape(14, 2, 3)
     together = list(rows.batches(addresses))
-    monkeypatch.setattr("datamodules.rows._READ_TOKENS", 1)
+    monkeypatch.setattr("datamodules.rows.READ_TOKENS", 1)
     sent = pickle.loads(pickle.dumps(rows))  # as to a worker process
     for ours, alone in zip(together, sent.batches(addresses), strict=True):
         assert all(torch.equal(ours[name], alone[name]) for name in ours)

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from datamodules.batch import TextBatch
 from datamodules.corpora import Corpus
 from datamodules.text import TextDataModule
+from tests.datamodules.stream_settings import STREAM
 
 pytestmark = [
     # Lightning 2.6 uses what torch 2.13 deprecates.
@@ -40,15 +41,7 @@ def make_data(
             "batch_samples": 48,
             "micro_batch": 24,
             "max_samples": MAX_STEPS * 48,
-            "num_workers": 0,
-            "repeat_first_batch": False,
-            "window_mb": 1,
-            "tail": "drop",
-            "on_bad_sample": "raise",
-            "max_bad_samples": 10,
-            "seed": 7,
-            "val_max_samples": None,
-            "cache": {},
+            **STREAM,
         }
         return TextDataModule(**{**defaults, **settings})
 
