@@ -1,6 +1,7 @@
 """Evaluate: score a checkpoint of a run on its validation or test data."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
@@ -8,6 +9,8 @@ from omegaconf import DictConfig
 
 from launch import runtime
 from launch.run_directory import RunDirectory, find_run
+
+SEARCH = ("num_beams", "length_penalty")
 
 
 def evaluate_run(config: DictConfig) -> None:
@@ -20,22 +23,47 @@ def evaluate_run(config: DictConfig) -> None:
     if config.split not in ("val", "test"):
         raise ValueError(f"split={config.split} -> unknown -> use val or test")
     name, module = load_module(run, config.checkpoint, config.accelerator)
+    search = {key: config[key] for key in SEARCH if config[key] is not None}
+    if search:
+        set_search(module, search)
     metrics = evaluate(run.config, module, config.split, config.accelerator)
     directory = run.path / "evaluations"
     directory.mkdir(exist_ok=True)
-    path = directory / f"{config.split}-{name}.json"
-    signatures = getattr(module, "signatures", {})
-    report = {"checkpoint": name, **metrics} | ({"signatures": signatures} if signatures else {})
+    words = [config.split, name, *(f"{key}={value}" for key, value in search.items())]
+    path = directory / f"{'-'.join(words)}.json"
+    report: dict[str, Any] = {"checkpoint": name, **search, **metrics}
+    generated = getattr(module, "generated", None)
+    if generated:
+        report["signatures"] = generated.signatures
     path.write_text(json.dumps(report, indent=1) + "\n")
     for key, value in metrics.items():
         print(f"{key:24} {value:.4f}")
-    for key, signature in signatures.items():
-        print(f"{key:24} {signature}")
     print(f"checkpoint {name} of run {run.path.name}; written to {path}")
-    if rows := getattr(module, "rows", []):
-        table = path.with_suffix(".jsonl")
-        table.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        print(f"{len(rows)} rows of source, target and prediction in {table}")
+    if generated and generated.rows:
+        print_generated(generated, path.with_suffix(".jsonl"))
+
+
+def set_search(module: Any, search: dict[str, Any]) -> None:
+    """Let a module search for its answers otherwise than its run does.
+
+    Raises:
+        ValueError: It generates none in an evaluation.
+    """
+    if not hasattr(module, "generation"):
+        given = " ".join(f"{key}={value}" for key, value in search.items())
+        raise ValueError(
+            f"{given} -> {type(module).__name__} generates no answers to score -> leave it out"
+        )
+    module.generation |= search
+
+
+def print_generated(generated: Any, path: Path) -> None:
+    """Say how answers were scored, and write all of them to `path`."""
+    for key, signature in generated.signatures.items():
+        print(f"{key:24} {signature}")
+    rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in generated.rows)
+    path.write_text("".join(rows))
+    print(f"{len(generated.rows)} rows of source, target and prediction in {path}")
 
 
 def load_module(run: RunDirectory, which: str, accelerator: str) -> tuple[str, Any]:

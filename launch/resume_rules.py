@@ -15,6 +15,7 @@ FREE_KEYS = (
     "corpus.train", "corpus.val", "corpus.test",  # paths, of pairs
     "data.path", "data.settings", "data.sources.*.path",
     "corpus.num_sentinels", "data.sentinels",  # younger than some runs; data.digest covers them
+    "module.preview", "module.generation", "module.scores",  # of evaluations
     "checkpoint", "checkpoints", "resume", "plan",
 )  # fmt: skip
 # Keys that runs begun before there were such did not have. Whatever they say now, those runs were

@@ -28,6 +28,7 @@ def summarize(run: RunDirectory, trainer: Any) -> dict[str, Any]:
     plot_losses(rows, run.path / "losses.png", title=run.path.name)
     last = {key: value for row in rows for key, value in row.items() if key.startswith("val/")}
     metrics = next(c for c in trainer.callbacks if isinstance(c, StepMetrics))
+    generated = getattr(trainer.lightning_module, "generated", None)
     checkpoint = run.find_checkpoint("last")
     unit = "tokens" if "tokens" in rows[-1] else "samples"
     speed = metrics.samples_per_s * (metrics.tokens_per_sample if unit == "tokens" else 1)
@@ -38,7 +39,7 @@ def summarize(run: RunDirectory, trainer: Any) -> dict[str, Any]:
         f"{unit}_per_s": speed if metrics.total_seconds else None,
         "checkpoint": str(checkpoint),
         "samples_file": str(samples) if samples and samples.exists() else None,
-        "signatures": getattr(trainer.lightning_module, "signatures", {}),
+        "signatures": generated.signatures if generated else {},
         "losses_png": str(run.path / "losses.png"),
     }
 

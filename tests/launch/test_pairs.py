@@ -58,6 +58,13 @@ def test_pairs_are_trained_on_scored_and_answered(run, compose, capfd):
     rows = [json.loads(line) for line in lines]
     assert len(rows) == run.config.data.pairs.test
     assert all(" ".join(source.split()[::-1]) == target for source, target, _ in rows)
+    evaluate_run(compose("evaluate", [*settings, "split=test", "num_beams=3"]))
+    path = next((run.path / "evaluations").glob("test-*-num_beams=3.json"))
+    beams = json.loads(path.read_text())
+    assert beams["num_beams"] == 3
+    assert beams["test/loss"] == report["test/loss"]
+    assert path.with_suffix(".jsonl").read_text().splitlines() != lines
+    capfd.readouterr()
     best = rows[0]
     generate_text(compose("generate", [*settings, f"prompt={best[0]}"]))
     assert capfd.readouterr().out.strip() == best[2]  # the answer alone, as it was in the test

@@ -30,6 +30,8 @@ def test_evaluate_repeats_the_validation_of_the_run(run, compose, capfd):
     evaluate_run(compose("evaluate", [*overrides, "split=test"]))
     found = json.loads((run.path / "evaluations/test-step-00000020.json").read_text())
     assert found["test/loss"] != pytest.approx(run.summary["val/loss"], abs=1e-6)
+    with pytest.raises(ValueError, match="num_beams=4 -> GPT generates no answers"):
+        evaluate_run(compose("evaluate", [*overrides, "num_beams=4"]))
 
 
 def test_evaluate_refuses_another_corpus(run, compose, text_file):
