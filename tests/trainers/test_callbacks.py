@@ -91,7 +91,7 @@ def test_peak_flops_are_known_for_gpus_only(monkeypatch):
 def test_question_of_one_callback_is_answered_at_the_end_of_a_step():
     vote = StepVote()
     vote.questions = {"save": lambda: False, "stop": lambda: True}
-    trainer = SimpleNamespace(accumulate_grad_batches=2, world_size=1)
+    trainer = SimpleNamespace(accumulate_grad_batches=2, world_size=1, strategy=None)
     vote.on_train_batch_end(trainer, None, None, None, 0)
     assert vote.granted == set()
     vote.on_train_batch_end(trainer, None, None, None, 1)

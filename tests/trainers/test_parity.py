@@ -58,7 +58,6 @@ DIFFERENT = [
     Cell("two_networks", "zero2", control="two_backwards"),
     Cell("gpt", "zero2", control="no_clipping"),
     Cell("masked", "ddp", control="per_rank_mean"),
-    Cell("lstm", "zero1", micro=2, control="as_they_come"),
     Cell("two_networks", "fsdp", control="no_reshard"),
 ]
 # One step is left out, for the loss of one rank at it is no number.
@@ -73,6 +72,7 @@ STOPPED = [
     Cell("spoiled", "zero1", "bf16", parameters="low"),
     *(Cell("spoiled_unfused", name) for name in ("zero2", "zero3")),
 ]
+DISORDERED = [Cell("lstm", name, micro=2, control="as_they_come") for name in ("zero1", "zero2")]
 REFUSED = [Cell("let_go", name) for name in ("ddp", "zero1", "zero3")]
 # Continued at step 5, and in one go.
 RESUMED = [
@@ -135,7 +135,15 @@ def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity")
     ones, runs = with_references([*EQUAL, *CHANGED, *SKIPPED, MUON])
     cells = [*runs, *DIFFERENT, *RESUMED, *map(in_one_go, RESUMED)]
-    cells += [LOST, *NOTED, SKIPPED_LOW, *STOPPED, *REFUSED, replace(MUON, control="lost_state")]
+    cells += [
+        LOST,
+        *NOTED,
+        SKIPPED_LOW,
+        *STOPPED,
+        *REFUSED,
+        *DISORDERED,
+        replace(MUON, control="lost_state"),
+    ]
     found = run_cells(ones, folder, 1, "cpu")
     return found | run_cells(list(dict.fromkeys(cells)), folder, 2, "cpu")
 
@@ -190,6 +198,11 @@ def test_loss_of_one_rank_that_is_no_number_stops_all(cell, outcomes):
 @pytest.mark.parametrize("cell", REFUSED, ids=lambda cell: cell.name)
 def test_parameter_that_cannot_be_trained_any_more_is_refused(cell, outcomes):
     assert "`network.blocks.0.attention_norm.weight` -> it was False" in outcomes[cell].error
+
+
+@pytest.mark.parametrize("cell", DISORDERED, ids=lambda cell: cell.name)
+def test_gradients_that_come_in_different_orders_are_noticed(cell, outcomes):
+    assert "ranks have finished their gradients in different orders" in outcomes[cell].error
 
 
 @pytest.mark.parametrize("cell", NOTED, ids=lambda cell: cell.name)

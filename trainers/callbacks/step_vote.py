@@ -13,6 +13,10 @@ class StepVote(Callback):
 
     The answers are known on the host. They travel over gloo also where gradients travel over NCCL,
     so that no step waits for the device.
+
+    Raises:
+        ValueError: Ranks have finished their gradients in different orders
+            (`trainers.strategies.gradient_order`).
     """
 
     def __init__(self):
@@ -34,8 +38,18 @@ class StepVote(Callback):
         """Ask, where this micro-batch was the step's last."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        answers = torch.tensor([ask() for ask in self.questions.values()], dtype=torch.uint8)
+        order = getattr(trainer.strategy, "gradient_order", None)
+        fingerprint = order.fingerprint if order else 0
+        answers = [int(ask()) for ask in self.questions.values()]
+        votes = torch.tensor([fingerprint, -fingerprint, *answers])
         if trainer.world_size > 1:
-            dist.all_reduce(answers, dist.ReduceOp.MAX, group=self._group)
-        asked = zip(self.questions, answers.tolist(), strict=True)
+            dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
+        highest, minus_lowest, *answers = votes.tolist()
+        if highest != -minus_lowest:
+            raise ValueError(
+                f"strategy -> at step {trainer.global_step} ranks have finished their gradients in "
+                "different orders, and ZeRO has added up those of different parameters -> let the "
+                "module finish them in one order (docs/adding.md), or use ddp, zero3 or fsdp"
+            )
+        asked = zip(self.questions, answers, strict=True)
         self.granted = {question for question, answer in asked if answer}

@@ -27,6 +27,7 @@ from trainers.strategies.deepspeed_settings import (
     read_scale,
     set_scale,
 )
+from trainers.strategies.gradient_order import GradientOrder
 from trainers.strategies.initial_values import give_initial_values
 from trainers.strategies.parts import PartsStrategy
 from trainers.strategies.precision import StepCalledOff, call_off
@@ -66,6 +67,7 @@ class ZeRO(PartsStrategy):
         self.shards_parameters = 3 in (stage, *self.part_stages.values())
         self.engines: dict[str, Any] = {}
         self.shards: dict[Tensor, ShardedParameter] = {}
+        self.gradient_order = GradientOrder()
         self._veto: Tensor | None = None
         self._is_judged = False
 
@@ -158,6 +160,8 @@ class ZeRO(PartsStrategy):
                 engine.optimizer.loss_scaler.raise_error_at_min_scale = False
             inner.register_step_pre_hook(lambda *_, part=name: self._before_inner_step(part))
             self.engines[name] = engine
+            if self.stage_of(name) < 3:
+                self.gradient_order.watch(engine.optimizer)
             lay_out(engine, optimizer)
             self.shards.update(find_shards(engine))
         if self.storage != torch.float32:
