@@ -18,14 +18,10 @@ from modules.decoding import check_generation, decode, pad_sources
 from modules.encoder_decoder_kinds import choose_network
 from modules.generation import Tokenizer, merge_settings
 from modules.optim import Schedule, build_optimizer, build_schedule
-from modules.scores import Generated, Row
+from modules.scores import Generated
 from modules.teacher_forcing import TeacherForcing
 
 _SOURCES_AT_ONCE = 32  # of `generate`
-NOT_OF_PAIRS = (
-    "module=encoder_decoder -> the datamodule gives no pairs of source and target -> set "
-    "datamodule=pairs, or datamodule=denoising"
-)
 
 
 class EncoderDecoder(LightningModule):
@@ -104,7 +100,7 @@ class EncoderDecoder(LightningModule):
                 target_length=target_length,
             )
         self._sizes = {name: p.shape for name, p in self.network.named_parameters()}
-        self.source_length, self.plan, self.pair_tokens = source_length, plan, pair_tokens
+        self.source_length, self.pair_tokens = source_length, pair_tokens
         self.tokens = {"start_token": start_token, "stop_token": stop_token}
         self.source_end_token = source_end_token
         self.label_smoothing = label_smoothing
@@ -125,10 +121,6 @@ class EncoderDecoder(LightningModule):
         self.nats = SumMetric(nan_strategy="disable").set_dtype(torch.float64)  # as `modules.gpt`
         self.num_targets = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
         self.num_correct = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
-        self.rows: list[Row] = []
-        """Source, target and prediction of all that the last evaluation generated."""
-        self.signatures: dict[str, str] = {}
-        """How its scores were computed, by name."""
 
     def configure_model(self) -> None:
         """Give the network storage and initial values, unless it has them or shards of them."""
@@ -160,7 +152,7 @@ class EncoderDecoder(LightningModule):
 
     def flops_per_sample(self) -> float | None:
         """Operations of a pair of mean length, both ways; None where samples are none or groups."""
-        if not (pairs := self.pair_tokens["pairs"]) or self.plan["tokens_per_sample"] > 1:
+        if not (pairs := self.pair_tokens["pairs"]) or self.schedule.plan["tokens_per_sample"] > 1:
             return None
         means = [(self.pair_tokens[side] or 0) / pairs for side in ("source", "target")]
         return self._kind.flops(self._sizes, *means)
@@ -173,8 +165,11 @@ class EncoderDecoder(LightningModule):
             ranks weighs every target of the step the same; and `train/loss`, a sum and its weight.
         """
         if "divisor" not in batch:
-            raise ValueError(NOT_OF_PAIRS)
-        targets, samples = batch["targets"], self.global_step * self.plan["batch_samples"]
+            raise ValueError(
+                "module=encoder_decoder -> the datamodule gives no pairs of source and target -> "
+                "set datamodule=pairs, or datamodule=denoising"
+            )
+        targets, samples = batch["targets"], self.global_step * self.schedule.plan["batch_samples"]
         coins = self.teacher_forcing.coins(samples, targets.size(1))
         total = self.network(
             batch["source"],
@@ -221,17 +216,16 @@ class EncoderDecoder(LightningModule):
         values[f"{split}/token_accuracy"] = self.num_correct.compute() / count
         for metric in (self.nats, self.num_targets, self.num_correct):
             metric.reset()
-        scores = self.generated.finish()
-        self.rows, self.signatures = self.generated.rows, self.generated.signatures
+        scores = self.generated.finish().items()
         # Of torch's default dtype on any device, where others are fp64.
-        values |= {f"{split}/{name}": torch.tensor(value) for name, value in scores.items()}
+        values |= {f"{split}/{name}": torch.tensor(value) for name, value in scores}
         # Equal on all ranks already; without sync_dist Lightning warns that they may not be.
         self.log_dict(values, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer and its schedule, stepped once per optimizer step."""
         optimizer = build_optimizer(self.parameters_by_role(), **self.optimizer_settings)
-        scheduler = build_schedule(optimizer, self.schedule, self.plan["batch_samples"])
+        scheduler = build_schedule(optimizer, self.schedule, self.schedule.plan["batch_samples"])
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -286,5 +280,5 @@ class EncoderDecoder(LightningModule):
         """Some of what the last validation generated: rows of source, target and prediction."""
         return [
             {"source": source, "target": target, "prediction": prediction}
-            for source, target, prediction in self.rows[: self.generated.num_rows]
+            for source, target, prediction in self.generated.rows[: self.generated.num_rows]
         ]

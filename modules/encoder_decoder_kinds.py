@@ -11,6 +11,7 @@ from modules import encoder_decoder_networks as transformer
 from modules import encoder_decoder_presets as transformer_presets
 from modules import encoder_decoder_recurrent as recurrent
 from modules import encoder_decoder_recurrent_presets as recurrent_presets
+from modules.presets import choose
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def choose_network(preset: str, overrides: Mapping[str, Any]) -> Kind:
         (recurrent, recurrent_presets, recurrent.RecurrentNetwork),
     ):
         if preset in presets.PRESETS:
-            shape = presets.shape_from(preset, chosen)
+            shape = choose(presets.PRESETS, preset, chosen)
             return Kind(
                 is_recurrent=module is recurrent,
                 build=partial(network, shape),

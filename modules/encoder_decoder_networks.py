@@ -214,10 +214,7 @@ class TransformerNetwork(nn.Module):
         """Make an empty cache for `batch` targets of up to `target_length` tokens."""
         shape = self.shape
         size = (shape.decoder_layers, batch, shape.num_heads, self.target_length, shape.head_width)
-        is_mixed = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if is_mixed else self.embedding.weight.dtype
-        keys = torch.empty(size, dtype=dtype, device=device)
-        return EncoderDecoderCache(keys, torch.empty_like(keys))
+        return EncoderDecoderCache.empty(size, like=self.embedding.weight, device=device)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Size
 
-from modules.presets import choose, refuse_unknown
+from modules.presets import refuse_unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,19 +140,6 @@ PRESETS: dict[str, EncoderDecoderShape] = {
     ),
 }  # fmt: skip
 """`tiny` and `base` are of the modern form, `small` and `t5_v1_1_base` of T5 v1.1's."""
-
-
-def shape_from(preset: str, overrides: Mapping[str, Any]) -> EncoderDecoderShape:
-    """Look up a preset and replace what `overrides` sets.
-
-    Args:
-        preset: A name of `PRESETS`.
-        overrides: Fields of `EncoderDecoderShape`; None means as the preset has it.
-
-    Raises:
-        ValueError: The preset or a field is unknown, or the shape is impossible.
-    """
-    return choose(PRESETS, preset, overrides)
 
 
 def flops(

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Size
 
-from modules.presets import choose, refuse_unknown
+from modules.presets import refuse_unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +66,6 @@ PRESETS: dict[str, RecurrentShape] = {
     ),
 }  # fmt: skip
 """Sequence to sequence as the tutorials on Multi30k know it, without and with attention."""
-
-
-def shape_from(preset: str, overrides: Mapping[str, Any]) -> RecurrentShape:
-    """Look up a preset and replace what `overrides` sets.
-
-    Args:
-        preset: A name of `PRESETS`.
-        overrides: Fields of `RecurrentShape`; None means as the preset has it.
-
-    Raises:
-        ValueError: The preset or a field is unknown, or the shape is impossible.
-    """
-    return choose(PRESETS, preset, overrides)
 
 
 def flops(

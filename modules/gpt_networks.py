@@ -171,10 +171,7 @@ class GPTNetwork(nn.Module):
         """Make an empty cache for `batch` sequences of up to `sequence_length` tokens."""
         shape = self.shape
         size = (shape.num_layers, batch, shape.num_kv_heads, self.sequence_length, shape.head_width)
-        is_mixed = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if is_mixed else self.embedding.weight.dtype
-        keys = torch.empty(size, dtype=dtype, device=device)
-        return KeyValueCache(keys, torch.empty_like(keys))
+        return KeyValueCache.empty(size, like=self.embedding.weight, device=device)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

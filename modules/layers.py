@@ -5,7 +5,7 @@ V vocabulary, N positions of the whole batch (B x T).
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,14 @@ class KeyValueCache:
     keys: Tensor
     values: Tensor
     length: int = 0
+
+    @classmethod
+    def empty(cls, size: tuple[int, ...], *, like: Tensor, device: torch.device) -> Self:
+        """Make one of a size [L, B, K, capacity, W], in autocast's dtype or that of `like`."""
+        is_mixed = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_mixed else like.dtype
+        keys = torch.empty(size, dtype=dtype, device=device)
+        return cls(keys, torch.empty_like(keys))
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store `keys` and `values` [B, K, T, W] of one layer; return all so far [B, K, S, W]."""

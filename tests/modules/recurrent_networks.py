@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from modules.encoder_decoder_recurrent import RecurrentNetwork
-from modules.encoder_decoder_recurrent_presets import shape_from
+from modules.encoder_decoder_recurrent_presets import PRESETS
+from modules.presets import choose
 
 SMALL: dict[str, Any] = dict(embedding_width=6, encoder_width=5, hidden_width=8, dropout=0.0)
 SOURCE_VOCAB, TARGET_VOCAB, SOURCE_LENGTH, TARGET_LENGTH = 11, 13, 9, 7
@@ -24,7 +25,7 @@ def make_network(name, stirred=True, device="cpu", **overrides: Any) -> Any:
     preset, own = SHAPES[name]
     with torch.device(device):
         network = RecurrentNetwork(
-            shape_from(preset, SMALL | own | overrides),
+            choose(PRESETS, preset, SMALL | own | overrides),
             source_vocab=SOURCE_VOCAB,
             target_vocab=TARGET_VOCAB,
             source_length=SOURCE_LENGTH,

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from datamodules.batch import IGNORED
 from modules.encoder_decoder_networks import TransformerNetwork
-from modules.encoder_decoder_presets import shape_from
+from modules.encoder_decoder_presets import PRESETS
+from modules.presets import choose
 
 SMALL: dict[str, Any] = dict(
     encoder_layers=2, decoder_layers=2, num_heads=4, head_width=12, width=32, mlp_width=40
@@ -25,7 +26,7 @@ def make_network(form, **overrides: Any) -> Any:
     """A small network in evaluation mode, every parameter moved from where it starts."""
     preset = "vaswani_small" if form == "sinusoidal" else form
     network = TransformerNetwork(
-        shape_from(preset, SMALL | FORMS[form] | overrides),
+        choose(PRESETS, preset, SMALL | FORMS[form] | overrides),
         source_vocab=VOCAB_SIZE,
         target_vocab=VOCAB_SIZE,
         source_length=SOURCE_LENGTH,

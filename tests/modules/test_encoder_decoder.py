@@ -162,12 +162,12 @@ def test_evaluation_is_exact_over_targets(preset):
     assert found["test/loss"] == pytest.approx(nats / count, rel=1e-5)
     assert found["test/perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
     assert found["test/token_accuracy"] == pytest.approx(correct / count)
-    assert len(model.rows) == 6
-    values, _ = score(model.rows, ["bleu", "chrf", "rouge"], "13a")
+    assert len(model.generated.rows) == 6
+    values, _ = score(model.generated.rows, ["bleu", "chrf", "rouge"], "13a")
     assert {f"test/{name}": pytest.approx(value) for name, value in values.items()} == {
         key: value for key, value in found.items() if key.partition("/")[2] in values
     }
-    assert "tok:13a" in model.signatures["bleu"]
+    assert "tok:13a" in model.generated.signatures["bleu"]
 
 
 def test_validation_generates_what_generate_does():
@@ -178,11 +178,13 @@ def test_validation_generates_what_generate_does():
     pairs = zip(batch["source"], batch["source_mask"], strict=True)
     sources = [row[mask].tolist()[:-1] for row, mask in pairs]
     generated = model.generate(sources, seed=0)
-    assert [row[2] for row in model.rows] == Words().decode_batch([own for (own,) in generated])
+    assert [row[2] for row in model.generated.rows] == Words().decode_batch(
+        [own for (own,) in generated]
+    )
     assert model.preview(Words())[0] == {
         "source": "source 0",
         "target": "1 2 3 4 5",
-        "prediction": model.rows[0][2],
+        "prediction": model.generated.rows[0][2],
     }
 
 
@@ -191,8 +193,8 @@ def test_without_texts_only_samples_are_generated():
     batches = [make_batch(seed=seed) for seed in range(3)]
     found = evaluate(model, batches, "val")
     assert "val/bleu" not in found
-    assert len(model.rows) == 3  # of the first batch alone
-    assert model.rows[0][0] == Words().decode(batches[0]["source"][0, :5].tolist())
+    assert len(model.generated.rows) == 3  # of the first batch alone
+    assert model.generated.rows[0][0] == Words().decode(batches[0]["source"][0, :5].tolist())
     assert len(model.preview(Words())) == 3
 
 

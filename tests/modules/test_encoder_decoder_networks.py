@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 from datamodules.batch import IGNORED
 from modules.encoder_decoder_networks import TransformerNetwork, initial_value
-from modules.encoder_decoder_presets import shape_from
+from modules.encoder_decoder_presets import PRESETS
+from modules.presets import choose
 from tests.modules.small_transformers import FORMS, VOCAB_SIZE, make_network, pad, pair
 
 
@@ -180,7 +181,7 @@ def test_bf16_is_near_fp32_with_and_without_cache(form):
 def test_initial_values_depend_on_seed_and_name_alone():
     networks = []
     for depth in (2, 3):
-        shape = shape_from("tiny", {"encoder_layers": depth, "decoder_layers": depth})
+        shape = choose(PRESETS, "tiny", {"encoder_layers": depth, "decoder_layers": depth})
         lengths = {"source_length": 8, "target_length": 8}
         network = TransformerNetwork(shape, source_vocab=20, target_vocab=20, **lengths)
         torch.rand(7)  # the global generator has no part in it

@@ -7,7 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from modules.encoder_decoder_networks import TransformerNetwork, initial_value
-from modules.encoder_decoder_presets import PRESETS, flops, shape_from
+from modules.encoder_decoder_presets import PRESETS, flops
+from modules.presets import choose
 
 
 def on_meta(preset, source_vocab, target_vocab) -> Any:
@@ -51,7 +52,7 @@ def test_presets_have_the_published_sizes():
 )
 def test_impossible_shape_is_refused_by_its_key(preset, overrides, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        shape_from(preset, overrides)
+        choose(PRESETS, preset, overrides)
 
 
 def test_one_table_for_two_vocabularies_is_refused():
@@ -64,7 +65,7 @@ def test_flops_equal_a_count_of_the_operations(preset):
     small: dict[str, Any] = {"encoder_layers": 2, "decoder_layers": 3, "dropout": 0.0}
     if preset == "tied":
         preset, small = "small", small | {"tie_head": True}
-    shape = shape_from(preset, small)
+    shape = choose(PRESETS, preset, small)
     network = TransformerNetwork(
         shape, source_vocab=40, target_vocab=40, source_length=24, target_length=16
     )
@@ -98,7 +99,7 @@ def test_flops_equal_a_count_of_the_operations(preset):
     ],
 )
 def test_initial_values_have_the_scheme_s_deviations(preset, name, deviation):
-    shape = shape_from("small", {"tie_head": True}) if preset == "tied" else PRESETS[preset]
+    shape = choose(PRESETS, "small", {"tie_head": True}) if preset == "tied" else PRESETS[preset]
     value = initial_value(shape, name, torch.Size([256, 128]), seed=1)
     assert value.std().item() == pytest.approx(deviation, rel=0.02)
 

@@ -8,7 +8,8 @@ from modules.encoder_decoder_recurrent import (
     initial_value,
     role_of,
 )
-from modules.encoder_decoder_recurrent_presets import flops, shape_from
+from modules.encoder_decoder_recurrent_presets import PRESETS, flops
+from modules.presets import choose
 from tests.modules.recurrent_networks import (
     SHAPES,
     SOURCE_VOCAB,
@@ -42,7 +43,7 @@ def test_initial_values_depend_on_seed_and_name_alone(name):
 def test_presets_have_the_parameters_of_the_tutorials(preset, expected, tolerance):
     with torch.device("meta"):
         network = RecurrentNetwork(
-            shape_from(preset, {}), source_vocab=7853, target_vocab=5893,
+            choose(PRESETS, preset, {}), source_vocab=7853, target_vocab=5893,
             source_length=100, target_length=100,
         )  # fmt: skip
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -93,4 +94,4 @@ def test_roles_are_those_of_the_parameters():
 )
 def test_unknown_settings_are_refused(preset, overrides, message):
     with pytest.raises(ValueError, match=message):
-        shape_from(preset, overrides)
+        choose(PRESETS, preset, overrides)

@@ -135,7 +135,7 @@ def test_decay_applies_to_two_or_more_dimensions(make_roles, flat, name):
     assert {p for g in optimizer.param_groups for p in g["params"]} == {*flat(roles)}
 
 
-@pytest.mark.parametrize("name", ["adamw_rms", "adafactor"])
+@pytest.mark.parametrize("name", ["muon", "adamw_rms", "adafactor"])
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_vetoed_steps_of_whole_tensors_leave_no_trace(make_roles, flat, take_steps, name, shape):
     straight, guarded = make_roles(), make_roles()
@@ -160,7 +160,7 @@ def test_vetoed_steps_of_whole_tensors_leave_no_trace(make_roles, flat, take_ste
             assert torch.equal(value, optimizer.state[b][key]), key
 
 
-@pytest.mark.parametrize("name", ["adamw_rms", "adafactor"])
+@pytest.mark.parametrize("name", ["muon", "adamw_rms", "adafactor"])
 def test_state_round_trips_through_a_safe_load(make_roles, flat, take_steps, name):
     straight, resumed = make_roles(), make_roles()
     take_steps(straight, [build(straight, name=name)], num_steps=6)
