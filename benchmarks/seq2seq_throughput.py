@@ -211,7 +211,7 @@ def configure(precision: str, num_steps: int) -> DictConfig:
         *(f"module.network.{name}={size}" for name, size in SIZES.items()),
         f"module.source_length={SOURCE_TOKENS}",
         f"module.target_length={TARGET_TOKENS}",
-        "module.schedule.name=constant",
+        "module.schedule={name: constant, final_lr_fraction: null}",
         f"module.optimizer.lr={LR}",
         f"module.optimizer.gradient_clip={CLIP}",
         f"module.optimizer.adamw.betas=[{BETAS[0]},{BETAS[1]}]",
