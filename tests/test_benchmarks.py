@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra.utils import instantiate
 
-from benchmarks import shuffle_quality, stream_tokens
+from benchmarks import seq2seq_throughput, shuffle_quality, stream_tokens
 from benchmarks.stream_images import NUM_SHARDS, image_sides, write_images
 from benchmarks.stream_tokens import token_sides, write_tokens
 from benchmarks.turns import Side, take_turns
@@ -38,3 +39,12 @@ def test_shuffle_quality_tells_good_orders_from_bad() -> None:
     assert shuffle_quality.ratio(np.arange(100_000), 64) > 5
     order = shuffle_quality.ours(100_000, 64, 1024)
     assert np.array_equal(np.sort(order), np.arange(100_000))
+
+
+def test_both_sides_of_the_throughput_benchmark_are_one_model() -> None:
+    config = seq2seq_throughput.configure("fp32", num_steps=2)
+    ours = instantiate(config.module, _convert_="all").network
+    theirs = seq2seq_throughput.make_t5()
+    sizes = [sorted(p.numel() for p in model.parameters()) for model in (ours, theirs)]
+    assert sizes[0] == sizes[1]
+    assert instantiate(config.datamodule, _convert_="all", _partial_=True)
