@@ -14,13 +14,15 @@ FREE_KEYS = (
     "corpus.path", "corpus.sources.*.path", "corpus.num_processes", "corpus.storage_options",
     "corpus.train", "corpus.val", "corpus.test",  # paths, of pairs
     "data.path", "data.settings", "data.sources.*.path",
-    "corpus.num_sentinels", "data.sentinels",  # younger than some runs; data.digest covers them
     "module.preview", "module.generation", "module.scores",  # of evaluations
     "checkpoint", "checkpoints", "resume", "plan",
 )  # fmt: skip
 # Keys that runs begun before there were such did not have. Whatever they say now, those runs were
 # not made of it: what reads them, an optimizer say, has come with them.
-ADDED_KEYS = ("module.optimizer.adamw_rms", "module.optimizer.adafactor")
+ADDED_KEYS = (
+    "module.optimizer.adamw_rms", "module.optimizer.adafactor",
+    "corpus.num_sentinels", "data.sentinels",
+)  # fmt: skip
 LENGTH_KEYS = ("max_tokens", "max_samples", "max_steps")
 
 
