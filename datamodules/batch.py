@@ -1,6 +1,7 @@
 """The batches: the contract between data and models, and the only thing `modules` may import here.
 
-Legend: B samples of this micro-batch, T predicted tokens of a sample, S tokens of a source.
+Legend: B samples of this micro-batch, T predicted tokens of a sample, S tokens of a source; images
+have C channels, H rows and W columns.
 """
 
 from typing import NotRequired, TypedDict
@@ -42,3 +43,17 @@ class PairBatch(TypedDict):
     targets: Tensor  # int64 [B, T], IGNORED at padding
     divisor: NotRequired[Tensor]  # fp32 [], the step's targets over its micro-batches; in training
     texts: NotRequired[list[tuple[str, str]]]  # B times source and target as written; to score by
+
+
+class ImageBatch(TypedDict):
+    """Images for a GAN, as they are stored: 0 is black, 255 white or a full colour.
+
+    `keys` are what all that is random about an image in this epoch is a function of: noise and
+    augmentation drawn from them are the same on any number of ranks and after any resume. Rows that
+    only pad the last batch of an evaluation are not `counted`.
+    """
+
+    images: Tensor  # uint8 [B, C, H, W]
+    labels: NotRequired[Tensor]  # int64 [B], where the data has any
+    keys: NotRequired[Tensor]  # int64 [B], in training
+    counted: NotRequired[Tensor]  # bool [B], in evaluation
