@@ -46,8 +46,9 @@ def test_images_are_changed_alike_in_any_batch(name):
         assert (other - whole).abs().max() > 0.1
 
 
-def test_low_precision_is_kept_and_computed_in_fp32():
-    (images, keys), augmentation = batch(), make(probability=0.9)
+@pytest.mark.parametrize("name", ["diffaugment", "adaptive"])
+def test_low_precision_is_kept_and_computed_in_fp32(name):
+    (images, keys), augmentation = batch(), make(name, probability=0.9)
     low = images.bfloat16()
     expected = augmentation(low.float(), keys, 1).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -101,6 +102,8 @@ def test_probability_stays_within_its_bounds():
 @pytest.mark.parametrize("sign", [math.nan, math.inf])
 def test_signs_that_are_none_change_nothing(sign):
     augmentation, plain = make(), make()
+    augmentation.observe(torch.tensor(sign), 10)
+    assert augmentation.sign_sum == augmentation.sign_count == 0
     for number in range(1, 5):
         augmentation.observe(torch.tensor(sign), 10)
         for each in (augmentation, plain):
