@@ -36,7 +36,7 @@ A geometric one leads from the result to the image that it is made of.
 def adaptive(
     images: Tensor, keys: Tensor, purpose: int, *, probability: Tensor, ops: Collection[str]
 ) -> Tensor:
-    """Apply each of some operations to each image with probability p, drawn for each of both.
+    """Apply some operations, each to each image with probability p.
 
     * `flip`: about the vertical axis or not, evenly
     * `rotate90`: 0 to 3 quarter turns
@@ -49,8 +49,8 @@ def adaptive(
     * `brightness`: adds N(0, 0.2)
     * `contrast`: multiplies by 2^N(0, 0.5)
     * `luma_flip`: the sign of the part along the grey axis or not, evenly
-    * `hue`: by any angle about the grey axis; 3 channels
-    * `saturation`: 2^N(0, 1) times the distance from the grey axis; more than 1 channel
+    * `hue`: by any angle about the grey axis, of 3 channels
+    * `saturation`: 2^N(0, 1) times the distance from the grey axis, of 3 channels
 
     Args:
         images: [B, C, H, W], fp32 or fp64.
@@ -63,9 +63,8 @@ def adaptive(
         [B, C, H, W]. With p = 0 the images as they are.
     """
     stages = _GEOMETRY + _COLOR
-    uniforms = uniform(
-        keys, purpose, len(stages), 3
-    )  # all, so that one leaves the others as they are
+    # For all of them, so that one left out leaves the others as they are.
+    uniforms = uniform(keys, purpose, len(stages), 3)
     normals = normal(keys, purpose, len(stages), 2)
     size, of_two = tuple(images.shape[1:]), 1 - (1 - probability).sqrt()
     geometry, color = [], []

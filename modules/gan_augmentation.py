@@ -34,7 +34,7 @@ class Augmentation(nn.Module):
         ops: Operations and groups of them; None: all that the images have channels for.
         probability: Under `adaptive` a number, a ramp (`modules.ramps.Ramp`), or `target`,
             `speed_images` and `interval_steps`; else None: `diffaugment` is applied to all images.
-        channels: C.
+        channels: C, 1 or 3.
         max_images: Of the run.
 
     Attributes:
