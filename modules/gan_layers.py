@@ -190,9 +190,8 @@ class Network(nn.Module):
         """
         if (labels is None) == (self.num_classes is None):
             return
-        what = "no labels were given" if labels is None else "labels were given"
-        kind = "unconditional" if labels is not None else "conditional"
+        what = "no labels were given to a " if labels is None else "labels were given to an un"
         raise ValueError(
-            f"module.num_classes={self.num_classes} -> {what} to a {kind} network -> set it to "
-            "the number of classes of data with labels, or to null to ignore them"
+            f"module.num_classes={self.num_classes} -> {what}conditional network -> set it to the "
+            "number of classes of the data, or to null and pass no labels"
         )

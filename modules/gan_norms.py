@@ -62,7 +62,7 @@ class SpectralNorm(WideBuffers):
                 self.is_due = False
             # Copies: the backward pass may come after the buffers have moved on.
             u, v = self.u.to(weight.dtype, copy=True), self.v.to(weight.dtype, copy=True)
-            return weight / torch.dot(u, torch.mv(weight.flatten(1), v))
+            return weight / (u @ (weight.flatten(1) @ v))
 
     @torch.no_grad()
     def start(self, weight: Tensor, generator: torch.Generator) -> None:
@@ -75,9 +75,9 @@ class SpectralNorm(WideBuffers):
     @torch.no_grad()
     def _iterate(self, weight: Tensor) -> None:
         matrix = weight.flatten(1)
-        u = F.normalize(torch.mv(matrix, self.v.to(matrix.dtype)), dim=0)
+        u = F.normalize(matrix @ self.v.to(matrix.dtype), dim=0)
         self.u.copy_(u)
-        self.v.copy_(F.normalize(torch.mv(matrix.mT, u), dim=0))
+        self.v.copy_(F.normalize(matrix.mT @ u, dim=0))
 
 
 class BatchNorm(WideBuffers):
