@@ -63,7 +63,7 @@ class Rates:
             part: Ramp(value, key=f"module.optimizer.{key}", max_images=max_images)
             for part, (key, value) in settings.items()
         }
-        self.beta2 = Ramp(beta2, key="module.optimizer.beta2", max_images=max_images)
+        self.beta2 = Ramp(beta2, "module.optimizer.beta2", max_images, bounds=(0, 1))
         self.lazy_steps = lazy_steps
 
     def build(self, part: str, parameters: Iterator[nn.Parameter]) -> Optimizer:
