@@ -75,7 +75,7 @@ class TorchScriptFeatures(nn.Module):
         except RuntimeError as error:
             raise ValueError(
                 f"module.scores.extractor.path={path} -> it is no TorchScript file "
-                f"({str(error).splitlines()[0]}) -> save the network by torch.jit.save"
+                f"({str(error).partition('. ')[0]}) -> save the network by torch.jit.save"
             ) from error
         self._network = (network,)  # no submodule: it would be part of every checkpoint
         names = [argument.name for argument in network.forward.schema.arguments]

@@ -192,3 +192,25 @@ def draw_all(
 DRAWINGS: dict[str, Callable[..., Picture]] = {
     drawing.__name__: drawing for drawing in (grid, interpolation, truncation, classes, neighbours)
 }
+
+
+def check_pictures(settings: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Check `settings` of `draw_all`.
+
+    Raises:
+        ValueError: There is no picture of a name, or it has no room for an image.
+    """
+    for name, chosen in settings.items():
+        if name not in DRAWINGS:
+            raise ValueError(
+                f"module.pictures.{name}={chosen} -> there is no such picture -> choose out of "
+                f"{', '.join(DRAWINGS)}"
+            )
+        for key in ("rows", "columns"):
+            least = 2 if (name, key) == ("neighbours", "columns") else 1
+            number = (chosen or {}).get(key, least)
+            if number < least:
+                raise ValueError(
+                    f"module.pictures.{name}.{key}={number} -> there is no room for the images -> "
+                    f"choose {least} or more, or module.pictures.{name}=null for no such picture"
+                )

@@ -72,8 +72,8 @@ class KernelDistance(Metric):
         self.sizes = {"real": len(real), "generated": len(generated)}
         if min(self.sizes.values()) < 2:
             raise ValueError(
-                f"module.scores -> there are {len(real)} real and {len(generated)} generated images "
-                "to compare -> evaluate at least two"
+                f"module.scores -> there are {len(real)} real and {len(generated)} generated "
+                "images to compare -> evaluate at least two"
             )
         within = _mean_kernel(real, real) + _mean_kernel(generated, generated)
         return within - 2 * _mean_kernel(real, generated)
