@@ -5,6 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from launch import runtime
 from launch.run_directory import RunDirectory
 
 IMAGE_SETTINGS = ("num_images", "truncation", "classes", "out")
@@ -23,20 +24,27 @@ def write_images(config: DictConfig, run: RunDirectory, checkpoint: str, module:
             3].
 
     Raises:
-        ValueError: `num_images` is no number of images.
+        ValueError: `num_images` or `truncation` cannot be.
     """
     from PIL import Image
 
     from trainers.build import resolve_accelerator
 
     num_images = _NUM_IMAGES if config.num_images is None else config.num_images
-    if num_images < 1:
-        raise ValueError(f"num_images={num_images} -> nothing to generate -> choose 1 or more")
-    classes = None if config.classes is None else [int(label) for label in config.classes]
-    truncation = 1.0 if config.truncation is None else float(config.truncation)
+    truncation = 1.0 if config.truncation is None else config.truncation
+    if not isinstance(num_images, int) or num_images < 1:
+        raise ValueError(f"num_images={num_images} -> no number of images -> choose 1 or more")
+    if not isinstance(truncation, int | float) or truncation < 0:
+        raise ValueError(
+            f"truncation={truncation} -> it is a factor of the noise -> choose one from 0 (all "
+            "images alike) to 1 (as trained)"
+        )
+    classes = runtime.plain(config)["classes"]
     folder = Path(config.out) if config.out else run.path / "generated" / _name(config, checkpoint)
     module.to(resolve_accelerator(config.accelerator))
-    images = module.synthesize(num_images, seed=config.seed, truncation=truncation, classes=classes)
+    images = module.synthesize(
+        num_images, seed=config.seed, truncation=float(truncation), classes=classes
+    )
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
         picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
@@ -50,5 +58,5 @@ def _name(config: DictConfig, checkpoint: str) -> str:
     keys = ("seed", "num_images", "truncation", "classes")
     given = {key: config[key] for key in keys if config[key] is not None}
     if "classes" in given:
-        given["classes"] = ",".join(map(str, given["classes"]))
+        given["classes"] = ",".join(map(str, given["classes"]))  # a shell reads brackets
     return "-".join([checkpoint, *(f"{key}={value}" for key, value in given.items())])

@@ -54,11 +54,38 @@ def tile(images: Tensor, columns: int | None = None) -> Picture:
     return picture
 
 
-def cycle_labels(num_images: int, num_classes: int | None, like: Tensor) -> Tensor | None:
-    """Labels 0, 1, ..., 0, 1, ... (int64 [B]) on the device of `like`; None without classes."""
-    if num_classes is None:
+def cycle_labels(
+    num_images: int, num_classes: int | None, like: Tensor, classes: Any = None
+) -> Tensor | None:
+    """Labels in turn (int64 [B]) on the device of `like`; None where the network takes none.
+
+    Args:
+        num_images: B.
+        num_classes: Of the network.
+        like: Any tensor.
+        classes: The labels to take, as a user gives them; None: all.
+
+    Raises:
+        ValueError: `classes` holds something else than the network's labels.
+    """
+    if classes is None:
+        chosen = None if num_classes is None else range(num_classes)
+    elif num_classes is None:
+        raise ValueError(
+            f"classes={classes} -> the run's networks know no classes -> leave it out, or train "
+            "with labels"
+        )
+    elif not isinstance(classes, list) or not classes or {*classes} - {*range(num_classes)}:
+        raise ValueError(
+            f"classes={classes} -> classes are numbers from 0 to {num_classes - 1} -> choose some "
+            "of them, as in classes=[0,1]"
+        )
+    else:
+        chosen = classes
+    if chosen is None:
         return None
-    return torch.arange(num_images, device=like.device) % num_classes
+    repeated = torch.arange(num_images, device=like.device) % len(chosen)
+    return torch.tensor(chosen, device=like.device)[repeated]
 
 
 def grid(
