@@ -160,8 +160,10 @@ def test_impossible_pictures_are_refused():
 def test_classes_are_chosen_among_those_of_the_network():
     like = torch.zeros(1)
     assert cycle_labels(5, None, like) is None
-    assert cycle_labels(5, 3, like).tolist() == [0, 1, 2, 0, 1]
-    assert cycle_labels(5, 9, like, [3, 5]).tolist() == [3, 5, 3, 5, 3]
+    for chosen, expected in ((None, [0, 1, 2, 0, 1]), ([2, 0], [2, 0, 2, 0, 2])):
+        labels = cycle_labels(5, 3, like, chosen)
+        assert labels is not None
+        assert labels.tolist() == expected
     with pytest.raises(ValueError, match=r"classes=\[3\] -> the run's networks know no classes"):
         cycle_labels(5, None, like, [3])
     for wrong in ([9], [], 3, ["a"], [-1]):

@@ -16,11 +16,13 @@ BATCH = 8
 class Recorder(StampedLogger):
     """Keeps which pictures it was given, and on which thread."""
 
-    name = "recorder"
-
     def __init__(self):
         super().__init__()
         self.pictures, self.threads = [], set()
+
+    @property
+    def name(self):
+        return "recorder"
 
     def log_metrics(self, metrics, step=None):
         """Nothing."""
