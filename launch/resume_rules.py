@@ -8,13 +8,14 @@ from omegaconf import DictConfig, OmegaConf
 # On resume these may change; any other difference stops the run and is listed.
 FREE_KEYS = (
     "trainer.devices", "trainer.accelerator", "cluster", "strategy", "micro_batch",
-    "activation_checkpointing", "trainer.timeout_s", "trainer.guard", "datamodule.num_workers",
+    "activation_checkpointing", "trainer.timeout_s", "trainer.guard", "trainer.pictures_every_images",
+    "datamodule.num_workers",
     "datamodule.on_bad_sample", "datamodule.max_bad_samples", "datamodule.cache",
     "logger", "runs_dir", "data_dir",
     "corpus.path", "corpus.sources.*.path", "corpus.num_processes", "corpus.storage_options",
     "corpus.train", "corpus.val", "corpus.test",  # paths, of pairs
     "data.path", "data.settings", "data.sources.*.path",
-    "module.preview", "module.generation", "module.scores",  # of evaluations
+    "module.preview", "module.generation", "module.scores", "module.pictures",  # of evaluations
     "checkpoint", "checkpoints", "resume", "plan",
 )  # fmt: skip
 # Keys that runs begun before there were such did not have. Whatever they say now, those runs were
@@ -22,8 +23,9 @@ FREE_KEYS = (
 ADDED_KEYS = (
     "module.optimizer.adamw_rms", "module.optimizer.adafactor",
     "corpus.num_sentinels", "data.sentinels",
+    "batch_images", "max_images", "trainer.val_every_images", "trainer.pictures_every_images",
 )  # fmt: skip
-LENGTH_KEYS = ("max_tokens", "max_samples", "max_steps")
+LENGTH_KEYS = ("max_tokens", "max_samples", "max_images", "max_steps")
 
 
 def refuse_changes(old: DictConfig, new: DictConfig, run: str) -> None:

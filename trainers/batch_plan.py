@@ -4,13 +4,16 @@ The global batch (samples per optimizer step) is what a run chooses and never ch
 split over ranks and forward passes may change at every launch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 TOKENS_KEYS = ("sequence_length", "source_length", "group_tokens")
 """Settings of datamodules that say how many tokens a sample has; one without counts as 1."""
+UNITS = ("tokens", "samples", "images")
+IMAGES_KEY = "resolution"
+"""Setting of datamodules whose samples are images."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class RunPlan:
         tokens_per_sample: Tokens a sample counts for (1 where samples are not made of tokens).
         micro_batch: Samples per rank and forward pass, at this launch's number of ranks.
         grad_accum: Forward passes per rank and optimizer step, likewise.
+        unit: What progress is counted in besides: `tokens`, `images`, or only `samples`.
     """
 
     batch_samples: int
@@ -32,20 +36,22 @@ class RunPlan:
     tokens_per_sample: int
     micro_batch: int
     grad_accum: int
+    unit: str
 
 
 def plan_run(config: Mapping[str, Any], *, world_size: int) -> RunPlan:
-    """Derive the plan from `batch_tokens | batch_samples` and `max_tokens | ..samples | ..steps`.
+    """Derive the plan from `batch_tokens | batch_samples | batch_images` and `max_... | max_steps`.
 
     A run's length is rounded down to whole steps. How many tokens a sample has, the datamodule's
-    settings say by one of `TOKENS_KEYS`.
+    settings say by one of `TOKENS_KEYS`, and that it is an image by `IMAGES_KEY`.
 
     Raises:
         ValueError: None or several of the alternatives are set, they give no whole step, or the
             batch does not divide among ranks and micro-batches.
     """
     key, tokens_per_sample = _tokens_per_sample(config["datamodule"])
-    unit, size = _only_one(config, ("batch_tokens", "batch_samples"), "the global batch")
+    unit, size = _only_one(config, [f"batch_{name}" for name in UNITS], "the global batch")
+    _refuse_images(unit, config)
     if unit == "batch_tokens":
         _refuse_tokens(unit, size, key)
         if size % tokens_per_sample:
@@ -57,13 +63,13 @@ def plan_run(config: Mapping[str, Any], *, world_size: int) -> RunPlan:
             )
         size //= tokens_per_sample
 
-    limit, amount = _only_one(
-        config, ("max_tokens", "max_samples", "max_steps"), "the run's length"
-    )
+    limits = [*(f"max_{name}" for name in UNITS), "max_steps"]
+    limit, amount = _only_one(config, limits, "the run's length")
+    _refuse_images(limit, config)
     if limit == "max_tokens":
         _refuse_tokens(limit, amount, key)
-    samples = {"max_tokens": amount // tokens_per_sample, "max_samples": amount}
-    max_steps = samples.get(limit, amount * size) // size
+    samples = {"max_tokens": amount // tokens_per_sample, "max_steps": amount * size}
+    max_steps = samples.get(limit, amount) // size
     if max_steps < 1:
         raise ValueError(
             f"{limit}={amount} -> that is less than one optimizer step of {size} samples "
@@ -71,7 +77,27 @@ def plan_run(config: Mapping[str, Any], *, world_size: int) -> RunPlan:
         )
     accum = grad_accum(size, config["micro_batch"], world_size)
     micro_batch = size // (world_size * accum)
-    return RunPlan(size, max_steps * size, max_steps, tokens_per_sample, micro_batch, accum)
+    return RunPlan(
+        batch_samples=size,
+        max_samples=max_steps * size,
+        max_steps=max_steps,
+        tokens_per_sample=tokens_per_sample,
+        micro_batch=micro_batch,
+        grad_accum=accum,
+        unit="tokens" if tokens_per_sample > 1 else "images" if _has_images(config) else "samples",
+    )
+
+
+def in_steps(settings: Mapping[str, Any], name: str, batch_samples: int) -> Any:
+    """Give a cadence in optimizer steps, which may be set in images.
+
+    Args:
+        settings: Have `<name>_images`, which goes first, and `<name>_steps`.
+        name: Such as `val_every`.
+        batch_samples: Images of a step; the cadence is rounded up to whole steps.
+    """
+    images = settings[f"{name}_images"]
+    return settings[f"{name}_steps"] if images is None else -(-images // batch_samples)
 
 
 def grad_accum(batch_samples: int, micro_batch: int | None, world_size: int) -> int:
@@ -147,7 +173,19 @@ def _refuse_tokens(unit: str, size: int, key: str) -> None:
         )
 
 
-def _only_one(config: Mapping[str, Any], keys: tuple[str, ...], what: str) -> tuple[str, int]:
+def _has_images(config: Mapping[str, Any]) -> bool:
+    return bool(config["datamodule"].get(IMAGES_KEY))
+
+
+def _refuse_images(key: str, config: Mapping[str, Any]) -> None:
+    if key.endswith("_images") and not _has_images(config):
+        raise ValueError(
+            f"{key}={config[key]} -> samples of this datamodule are no images -> use "
+            f"{key.removesuffix('images')}samples"
+        )
+
+
+def _only_one(config: Mapping[str, Any], keys: Sequence[str], what: str) -> tuple[str, int]:
     given = {key: config[key] for key in keys if config[key] is not None}
     if len(given) != 1:
         chosen = ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing"

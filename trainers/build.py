@@ -11,6 +11,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.profilers import Profiler
 
 from trainers.activation_checkpointing import ActivationCheckpointing
+from trainers.batch_plan import in_steps
 from trainers.callbacks.checkpointing import Checkpointing
 from trainers.callbacks.preemption import Preemption
 from trainers.callbacks.previews import Previews
@@ -56,18 +57,21 @@ def build_trainer(
         profiler: A Lightning profiler, or None.
         report: Is told why the run fails, by the rank that knows it.
     """
-    plan, options = config["plan"], config["trainer"]
+    plan, options, saves = config["plan"], config["trainer"], dict(config["checkpoints"])
+    for name in ("every", "keep_every"):
+        saves[f"{name}_steps"] = in_steps(saves, name, plan["batch_samples"])
+        del saves[f"{name}_images"]
+    val_every = in_steps(options, "val_every", plan["batch_samples"])
     guard, vote = StepGuard(**options["guard"]), StepVote()
     metrics = StepMetrics(
         log_every_steps=options["log_every_steps"],
         batch_samples=plan["batch_samples"],
         tokens_per_sample=plan["tokens_per_sample"],
+        unit=plan["unit"],
         guard=guard,
     )
     accelerator = resolve_accelerator(options["accelerator"])
-    checkpointing = Checkpointing(
-        directory / "checkpoints", **config["checkpoints"], guard=guard, vote=vote
-    )
+    checkpointing = Checkpointing(directory / "checkpoints", **saves, guard=guard, vote=vote)
     loggers = [JsonLines(directory / "metrics.jsonl", resume_step=resume_step), *loggers]
     trainer = lightning.Trainer(
         accelerator=accelerator,
@@ -83,7 +87,7 @@ def build_trainer(
         max_epochs=1,
         max_steps=plan["max_steps"],
         accumulate_grad_batches=grad_accum,
-        val_check_interval=options["val_every_steps"] * grad_accum,
+        val_check_interval=val_every * grad_accum,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
@@ -102,7 +106,7 @@ def build_trainer(
             metrics,  # before anything is saved: what is saved has its row
             Previews(directory / "samples"),
             checkpointing,
-            ProgressBar(metrics),
+            ProgressBar(metrics, monitor=saves["monitor"]),
             Preemption(checkpointing, vote),
         ],
         default_root_dir=directory,
@@ -136,8 +140,8 @@ def _stamp_rows(trainer: lightning.Trainer, loggers: list[Logger], plan: Mapping
         samples = trainer.global_step * plan["batch_samples"]
         epoch = getattr(trainer.datamodule, "epoch", 0)  # type: ignore[attr-defined]
         row = {"step": trainer.global_step, "samples": samples, "epoch": epoch}
-        if plan["tokens_per_sample"] > 1:
-            row["tokens"] = samples * plan["tokens_per_sample"]
+        if plan["unit"] != "samples":
+            row[plan["unit"]] = samples * plan["tokens_per_sample"]
         return row
 
     for logger in loggers:

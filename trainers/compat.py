@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from trainers.batch_plan import IMAGES_KEY
 from trainers.limits import check_values
 from trainers.rules import RULES, Facts, Launch, rule
 from trainers.strategies.deepspeed_settings import DECIDED_ELSEWHERE, KNOWN, UNUSABLE
 
 ZERO = "zero1, zero2, zero3, zero3_offload"
 ZERO_KEY = "strategy.make.config.zero_optimization"
+IMAGE_CADENCES = {"trainer": ("val_every",), "checkpoints": ("every", "keep_every")}
 HIGHEST_TWICE = 2  # stage of ZeRO at which a gradient can be differentiated once more
 
 
@@ -251,6 +253,20 @@ def _parts_left_to_lightning(launch: Launch) -> Facts:
     if len(launch.parts) == 1 or not launch.module.automatic_optimization:
         return None
     return {"module": type(launch.module).__name__, "parts": ", ".join(launch.parts)}
+
+
+@rule(
+    "{key}={images} -> samples of this datamodule are no images -> use {steps}",
+)
+def _images_of_none(launch: Launch) -> Facts:
+    if launch.config["datamodule"].get(IMAGES_KEY):
+        return None
+    for node, names in IMAGE_CADENCES.items():
+        for name in names:
+            if (images := launch.config[node][f"{name}_images"]) is not None:
+                key = f"{node}.{name}_images"
+                return {"key": key, "images": images, "steps": f"{node}.{name}_steps"}
+    return None
 
 
 @rule(

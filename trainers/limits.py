@@ -85,7 +85,10 @@ def _devices(config: Mapping[str, Any]) -> str | None:
 
 def _counts(config: Mapping[str, Any]) -> str | None:
     required = {"trainer": ("val_every_steps", "log_every_steps"), "checkpoints": ("keep_last",)}
-    optional = {"checkpoints": ("every_steps", "keep_every_steps")}
+    optional = {
+        "checkpoints": ("every_steps", "keep_every_steps", "every_images", "keep_every_images"),
+        "trainer": ("val_every_images", "pictures_every_images"),
+    }
     for keys, is_optional in ((required, False), (optional, True)):
         for node, names in keys.items():
             for name in names:

@@ -83,20 +83,32 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     return rows
 
 
-def plot_losses(rows: Iterable[Mapping[str, float]], path: str | Path, title: str) -> None:
-    """Draw training and validation loss over tokens (samples where there are no tokens) as PNG."""
+def plot_losses(
+    rows: Iterable[Mapping[str, float]], path: str | Path, title: str, *, monitor: str
+) -> None:
+    """Draw losses, and `monitor` where it is no loss, over tokens, images or samples as PNG."""
     from matplotlib.figure import Figure
 
     rows = list(rows)
-    axis = "tokens" if all("tokens" in row for row in rows) else "samples"
+    axis = next(u for u in ("tokens", "images", "samples") if all(u in row for row in rows))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for key, style in (("train/loss", "-"), ("val/loss", "o-")):
-        points = [(row[axis], row[key]) for row in rows if key in row]
-        if points:
-            x, y = zip(*points, strict=True)
-            axes.plot(x, y, style, label=f"{key} (last {y[-1]:.3f})", markersize=4, linewidth=1.2)
-    axes.set(xlabel=axis, ylabel="loss (nats)", title=title)
+    keys = sorted({key for row in rows for key in row if key.endswith("loss")})
+    for key in keys:
+        _draw(axes, rows, axis, key, "o-" if key.startswith("val/") else "-")
+    axes.set(xlabel=axis, ylabel="loss (nats)" if axis == "tokens" else "loss", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left")
+    if monitor not in keys:
+        other = axes.twinx()
+        _draw(other, rows, axis, monitor, "o-k")
+        other.set(ylabel=monitor)
+        other.legend(loc="upper right")
     figure.savefig(path, dpi=120)
+
+
+def _draw(axes: Any, rows: list[Mapping[str, float]], axis: str, key: str, style: str) -> None:
+    points = [(row[axis], row[key]) for row in rows if key in row]
+    if points:
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, style, label=f"{key} (last {y[-1]:.3f})", markersize=4, linewidth=1.2)

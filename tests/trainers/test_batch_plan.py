@@ -2,10 +2,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainers.batch_plan import give_whole_steps, grad_accum, plan_run
+from trainers.batch_plan import give_whole_steps, grad_accum, in_steps, plan_run
 
 NOTHING = dict.fromkeys(
-    ("batch_tokens", "batch_samples", "max_tokens", "max_samples", "max_steps", "micro_batch")
+    ("batch_tokens", "batch_samples", "batch_images", "max_tokens", "max_samples", "max_images")
+    + ("max_steps", "micro_batch")
 )
 
 
@@ -20,6 +21,25 @@ def test_units_lead_to_the_same_plan():
     by_steps = plan(batch_samples=12, max_steps=10)
     assert by_tokens == by_samples == by_steps
     assert (by_steps.batch_samples, by_steps.max_samples, by_steps.max_steps) == (12, 120, 10)
+
+
+def test_images_are_samples_of_a_datamodule_of_images():
+    images = {"resolution": 32}
+    by_images = plan(datamodule=images, batch_images=16, max_images=165)
+    assert (by_images.batch_samples, by_images.max_samples) == (16, 160)
+    assert (by_images.unit, by_images.tokens_per_sample) == ("images", 1)
+    by_samples = plan(datamodule=images, batch_samples=16, max_steps=10)
+    assert by_samples == by_images
+    with pytest.raises(ValueError, match=r"batch_images=16 -> .* are no images -> use batch_sam"):
+        plan(batch_images=16, max_steps=1)
+    with pytest.raises(ValueError, match=r"max_images=16 -> .* are no images -> use max_samples"):
+        plan(batch_samples=16, max_images=16)
+
+
+def test_cadence_in_images_goes_first_and_is_rounded_up():
+    assert in_steps({"every_steps": 7, "every_images": None}, "every", 16) == 7
+    assert in_steps({"every_steps": 7, "every_images": 33}, "every", 16) == 3
+    assert in_steps({"every_steps": None, "every_images": None}, "every", 16) is None
 
 
 def test_datamodule_says_how_many_tokens_a_sample_has():

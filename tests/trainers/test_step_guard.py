@@ -17,7 +17,13 @@ class Run:
     """A guard, and a trainer that steps it; `others` are the losses that other ranks read back."""
 
     def __init__(
-        self, nonfinite="skip", spike=NO_SPIKES, max_skips=2, dtype=torch.float32, **state
+        self,
+        nonfinite="skip",
+        spike=NO_SPIKES,
+        max_skips=2,
+        dtype=torch.float32,
+        folder="no run",
+        **state,
     ):
         self.guard = StepGuard(nonfinite=nonfinite, spike=spike, max_skips=max_skips)
         if state:
@@ -27,6 +33,7 @@ class Run:
             global_step=0,
             world_size=1,
             optimizers=[None],
+            default_root_dir=folder,
             strategy=SimpleNamespace(dtype=dtype, all_gather=self.all_gather),
         )
         self.guard.setup(self.trainer, None, "fit")
@@ -47,10 +54,12 @@ class Run:
         self.guard.check(self.trainer)
 
 
-def test_stop_leaves_weights_as_they_were_and_names_the_step():
-    run = Run("stop")
+def test_stop_leaves_weights_as_they_were_and_names_step_and_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last").write_text("step-00000002\n")
+    run = Run("stop", folder=tmp_path)
     assert run.judge(1.0, 1.0, NAN, 1.0) == [False, False, True, True]
-    message = r"nonfinite=stop -> the loss on rank 0 is not finite at step 3: .* -> continue"
+    message = r"nonfinite=stop -> the loss on rank 0 is not finite at step 3: .* \(step-00000002\)"
     with pytest.raises(FloatingPointError, match=message):
         run.check()
 

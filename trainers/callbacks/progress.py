@@ -14,14 +14,14 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar(Callback):
-    """One bar for the run in optimizer steps: loss, validation loss, tokens/s, time left.
+    """One bar for the run in optimizer steps: losses, what is monitored, tokens/s, time left.
 
     Where the output is no terminal, a plain line every 10 seconds says the same.
     """
 
-    def __init__(self, metrics: StepMetrics, console: Console | None = None):
-        """Take the callback that measures."""
-        self.metrics = metrics
+    def __init__(self, metrics: StepMetrics, *, monitor: str, console: Console | None = None):
+        """Take the callback that measures, and which validation metric to keep in sight."""
+        self.metrics, self.monitor = metrics, monitor
         self.console = console or Console()
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -72,10 +72,11 @@ class ProgressBar(Callback):
             self._progress.update(self._task, text=f"validating {batch_idx}/{total}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the validation loss in sight."""
-        loss = trainer.callback_metrics.get("val/loss")
-        if self._progress is not None and loss is not None:
-            self._validation = f" val {float(loss):.3f}"
+        """Keep the monitored metric in sight."""
+        value = trainer.callback_metrics.get(self.monitor)
+        if self._progress is not None and value is not None:
+            name = self.monitor.removesuffix("/loss").removeprefix("val/").replace("_", " ")
+            self._validation = f" {name} {float(value):.3f}"
             self._progress.update(self._task, text=self._text())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -97,9 +98,14 @@ class ProgressBar(Callback):
         latest = self.metrics.latest
         if not latest:
             return ""
-        unit = "tokens" if "perf/tokens_per_s" in latest else "samples"
-        speed = f"{latest[f'perf/{unit}_per_s']:,.0f} {unit}/s"
-        return f"loss {latest['train/loss']:.3f}{self._validation} {speed}"
+        unit = self.metrics.unit
+        losses = {
+            key.removeprefix("train/").replace("_loss", ""): value
+            for key, value in latest.items()
+            if key.startswith("train/") and key.endswith("loss")
+        }
+        text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        return f"{text}{self._validation} {latest[f'perf/{unit}_per_s']:,.0f} {unit}/s"
 
     def _print_line(self, trainer: Trainer) -> None:
         now = time.monotonic()

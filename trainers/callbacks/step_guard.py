@@ -4,11 +4,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+
+from trainers.checkpoint import read_last
 
 ACTIONS = ("stop", "skip")
 
@@ -144,13 +147,13 @@ class StepGuard(Callback):
         else:
             what = f"the gradient{name} is not finite at step {judged.step}, while the loss is"
         if self.nonfinite == "stop" and (ranks or not (is_finite or self._scales_loss)):
-            raise _diverged("trainer.guard.nonfinite=stop", what, "trainer.guard.nonfinite=skip")
+            raise self._diverged("trainer.guard.nonfinite=stop", what, "trainer.guard.nonfinite=skip")
         if jump is not None:
             loss, usual = jump
             what = f"the loss{name} at step {judged.step} is {loss:.4g}, where {usual:.4g} is usual"
             if self.spike_action == "stop":
                 setting = f"trainer.guard.spike.factor={self.factor}"
-                raise _diverged(setting, what, "trainer.guard.spike.action=skip")
+                raise self._diverged(setting, what, "trainer.guard.spike.action=skip")
         if is_finite and jump is None:
             self.skipped_in_a_row[judged.part] = 0
             return
@@ -158,7 +161,16 @@ class StepGuard(Callback):
         self.skipped_in_a_row[judged.part] += 1
         if self.skipped_in_a_row[judged.part] > self.max_skips:
             what = f"more steps than that in a row were left out; {what}"
-            raise _diverged(f"trainer.guard.max_skips={self.max_skips}", what, "a larger one")
+            raise self._diverged(f"trainer.guard.max_skips={self.max_skips}", what, "a larger one")
+
+    def _diverged(self, setting: str, what: str, patience: str) -> FloatingPointError:
+        last = read_last(Path(self._trainer.default_root_dir, "checkpoints"))
+        remedy = f"continue it from its last checkpoint ({last}) with {patience}; or"
+        return FloatingPointError(
+            f"{setting} -> {what}: the run diverged -> {remedy if last else 'none is saved, so'}, "
+            "under another run.name, lower module.optimizer.lr, lengthen the warm-up or choose "
+            "precision=bf16 or fp32"
+        )
 
     def row(self) -> dict[str, float]:
         """What a logged row says: the number of steps left out since the run began."""
@@ -178,11 +190,3 @@ class StepGuard(Callback):
         self.num_skipped = Counter(state_dict["num_skipped"])
         self.skipped_in_a_row = Counter(state_dict["skipped_in_a_row"])
         self._levels = dict(state_dict["levels"])
-
-
-def _diverged(setting: str, what: str, patience: str) -> FloatingPointError:
-    return FloatingPointError(
-        f"{setting} -> {what}: the run diverged -> continue it from its last checkpoint with "
-        f"{patience}; or, under another run.name, lower module.optimizer.lr, lengthen the warm-up "
-        "or choose precision=bf16 or fp32"
-    )

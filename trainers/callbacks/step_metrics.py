@@ -29,12 +29,12 @@ PEAK_FLOPS = {
 class StepMetrics(Callback):
     """Averages what `training_step` returns over micro-batches and ranks, and logs it.
 
-    Reads every `train/<name>` of the step's dictionary, and `loss` where it has no `train/loss`.
+    Reads every `train/<name>` of the step's dictionary, and `loss` where it has no such loss.
     Logs besides `train/lr`, `train/grad_norm` (before clipping; of several parts with `/<part>`
     behind), `train/skipped_steps` (those that `StepGuard` left out, since the run began),
-    `perf/samples_per_s`, where samples have a fixed number of tokens `perf/tokens_per_s`,
-    `perf/peak_memory_mib`, what `DataRates` says of
-    reading the data and, where the device's peak is known, `perf/mfu`:
+    `perf/samples_per_s`, where progress is counted in another unit that, `perf/tokens_per_s` or
+    `perf/images_per_s`, `perf/peak_memory_mib`, what `DataRates` says of reading the data and,
+    where the device's peak is known, `perf/mfu`:
 
         model FLOPs utilisation = flops_per_sample * samples_per_s / (ranks * peak FLOP/s)
 
@@ -52,13 +52,14 @@ class StepMetrics(Callback):
         log_every_steps: int,
         batch_samples: int,
         tokens_per_sample: int,
+        unit: str,
         guard: StepGuard,
     ):
         """Remember how often to log, what a step counts for, and who judges steps."""
         self.guard = guard
         self.log_every_steps = log_every_steps
         self.batch_samples = batch_samples
-        self.tokens_per_sample = tokens_per_sample
+        self.tokens_per_sample, self.unit = tokens_per_sample, unit
         self.latest: dict[str, float] = {}
         self.total_samples, self.total_seconds = 0, 0.0
         self._sums: dict[str, torch.Tensor] = {}
@@ -104,8 +105,10 @@ class StepMetrics(Callback):
         step = batch_idx // accum + 1
         if not self._logs_step(trainer, step):
             return
-        # Lightning has divided `loss` by the number of micro-batches, and nothing else.
-        values = {"train/loss": outputs["loss"] * accum} | outputs
+        values = dict(outputs)
+        if not any(key.startswith("train/") and key.endswith("loss") for key in values):
+            # Lightning has divided `loss` by the number of micro-batches, and nothing else.
+            values["train/loss"] = outputs["loss"] * accum
         for key, value in values.items():
             if key.startswith("train/"):
                 total, weight = value if isinstance(value, tuple) else (value, 1.0)
@@ -146,8 +149,7 @@ class StepMetrics(Callback):
             "perf/samples_per_s": samples / seconds,
             "perf/peak_memory_mib": peak_memory_mib(pl_module.device),
         }
-        if self.tokens_per_sample > 1:
-            row["perf/tokens_per_s"] = samples * self.tokens_per_sample / seconds
+        row[f"perf/{self.unit}_per_s"] = samples * self.tokens_per_sample / seconds
         row |= self._data.row(trainer, seconds=seconds, num_steps=num_steps)
         peak, flops_per_sample = peak_flops(pl_module.device), _flops_per_sample(pl_module)
         if peak and flops_per_sample:

@@ -146,10 +146,19 @@ class PartsStrategy(WholeState):
     # -- a step ---------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a training step; a round of several optimizers counts as one `global_step`."""
-        for optimizer in self._lightning_optimizers[:-1]:
+        """Run a training step; a round of several optimizers counts as one `global_step`.
+
+        It counts at its end, whichever of them have stepped in it and how often.
+        """
+        if self.module.automatic_optimization:
+            return super().training_step(*args, **kwargs)
+        for optimizer in self._lightning_optimizers:
             optimizer._on_before_step = optimizer._on_after_step = do_nothing_closure
-        return super().training_step(*args, **kwargs)
+        output = super().training_step(*args, **kwargs)
+        progress = self.module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
+        return output
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

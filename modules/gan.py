@@ -1,0 +1,299 @@
+"""The GAN family: a generator and a discriminator that train against each other.
+
+Legend: B images of a micro-batch, C channels, H rows, W columns, Z numbers of noise.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from enum import IntEnum
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datamodules.batch import ImageBatch
+from modules.gan_augmentation import Augmentation
+from modules.gan_average import NOISE, MovingAverage, to_floats
+from modules.gan_evaluation import EvaluatedGAN
+from modules.gan_losses import interpolate
+from modules.gan_networks import build_networks
+from modules.gan_objective import Judged, Objective
+from modules.gan_optimization import Rates
+from modules.gan_scores import ImageScores
+from modules.keyed_draws import normal
+
+SYNCED, PER_RANK = "synced", "per_rank"
+
+
+class Purpose(IntEnum):
+    """What is drawn from the key of an image; each has numbers of its own."""
+
+    NOISE = NOISE
+    FRESH_NOISE = 2
+    REAL = 3  # augmentation, and so on
+    FAKE = 4
+    FRESH_FAKE = 5
+    INTERPOLATION = 6
+
+
+class GAN(EvaluatedGAN):
+    """Generative adversarial network (Goodfellow et al. 2014, arXiv 1406.2661).
+
+    Reads `ImageBatch`. A training step is a round: an update of the discriminator, where penalties
+    are lazy and due one more of it, and where due one of the generator; then the moving average of
+    the generator. Returns `train/discriminator_loss`, `train/generator_loss`, `train/penalty`,
+    `train/real_score`, `train/fake_score` (mean logits) and `train/augmentation` (its probability);
+    logs `val/` or `test/` scores of as many images of the average as there are real ones
+    (`modules.gan_scores`), exact over all ranks. Everything that changes while a run trains is a
+    function of the number of images that the discriminator has seen.
+
+    Args:
+        preset: A name of `modules.gan_presets.PRESETS`.
+        network: Overrides of the preset, fields of its shape; None means as the preset has it.
+        resolution: H and W.
+        channels: C.
+        num_classes: Of the data's labels; None where it has none.
+        conditional: Whether to train on the labels.
+        loss: `name`, `generator_every` and `one_noise` of `modules.gan_objective.Objective`.
+        penalty: `r1`, `r2`, `gradient` and `every_steps` of it.
+        augmentation: Arguments of `modules.gan_augmentation.Augmentation`.
+        ema: `half_life_images` and `ramp_up` of the moving average.
+        optimizer: Arguments of `modules.gan_optimization.Rates`, and `gradient_clip`, which the
+            trainer reads.
+        batch_norm: `synced` (over ranks, on CUDA) or `per_rank`.
+        scores: Arguments of `modules.gan_scores.ImageScores`.
+        pictures: Settings of `modules.gan_pictures.draw_all`.
+        monitor: The metric that decides which checkpoint is best, for the trainer.
+        plan: `batch_samples` and `max_samples` of the run; a sample is an image.
+        seed: Of the initial values and of all that is drawn for evaluations.
+
+    Raises:
+        ValueError: A setting is unknown or impossible.
+    """
+
+    def __init__(
+        self,
+        *,
+        preset: str,
+        network: Mapping[str, Any],
+        resolution: int,
+        channels: int,
+        num_classes: int | None,
+        conditional: bool,
+        loss: Mapping[str, Any],
+        penalty: Mapping[str, Any],
+        augmentation: Mapping[str, Any],
+        ema: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        batch_norm: str,
+        scores: Mapping[str, Any],
+        pictures: Mapping[str, Any],
+        monitor: str,
+        plan: Mapping[str, Any],
+        seed: int,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        if conditional and num_classes is None:
+            raise ValueError(
+                "module.conditional=true -> the data has no labels -> give labelled images "
+                "(docs/data.md), or set it to false"
+            )
+        if batch_norm not in (SYNCED, PER_RANK):
+            raise ValueError(f"module.batch_norm={batch_norm} -> unknown -> {SYNCED} or {PER_RANK}")
+        self.num_classes = num_classes if conditional else None
+        self.batch_images, max_images = plan["batch_samples"], plan["max_samples"]
+        self.generator, self.discriminator = build_networks(
+            preset,
+            network,
+            resolution=resolution,
+            channels=channels,
+            num_classes=self.num_classes,
+            seed=seed,
+        )
+        self.ema = MovingAverage(
+            self.generator,
+            **ema,
+            batch_images=self.batch_images,
+            max_images=max_images,
+            num_classes=self.num_classes,
+            seed=seed,
+        )
+        self.augmentation = Augmentation(**augmentation, max_images=max_images, channels=channels)
+        self.objective = Objective(loss, penalty, max_images=max_images)
+        settings = {key: value for key, value in optimizer.items() if key != "gradient_clip"}
+        self.rates = Rates(**settings, lazy_steps=self.objective.lazy_steps, max_images=max_images)
+        self.scores = ImageScores(
+            **scores, channels=channels, resolution=resolution, num_classes=num_classes, seed=seed
+        )
+        self.picture_settings, self.batch_norm, self.seed = dict(pictures), batch_norm, seed
+        self._report: dict[str, tuple[Tensor, int]] = {}
+
+    # -- what strategies ask for ----------------------------------------------------------------
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The two networks, in the order of their updates."""
+        return {"discriminator": self.discriminator, "generator": self.generator}
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers of both, each a unit to checkpoint or shard."""
+        return [*self.discriminator.blocks, *self.generator.blocks]
+
+    @property
+    def double_backward(self) -> tuple[str, ...]:
+        """The discriminator, where its gradient is penalised."""
+        return ("discriminator",) if self.objective.penalises else ()
+
+    def configure_model(self) -> None:
+        """Let batch norm see the images of all ranks, where torch can: on CUDA."""
+        is_cuda = self.trainer.strategy.root_device.type == "cuda"
+        if self.batch_norm == SYNCED and is_cuda and self.trainer.world_size > 1:
+            convert = nn.SyncBatchNorm.convert_sync_batchnorm
+            self.generator = convert(self.generator)
+            self.discriminator = convert(self.discriminator)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """One optimizer for each part; rates are set before each round."""
+        return [self.rates.build(name, part.parameters()) for name, part in self.parts.items()]
+
+    # -- training -------------------------------------------------------------------------------
+
+    def training_step(self, batches: list[ImageBatch], batch_idx: int) -> dict[str, Any]:
+        """Make a round of updates.
+
+        Args:
+            batches: A step's micro-batches.
+            batch_idx: Unused.
+
+        Returns:
+            Sums over images and their number, of what the class says.
+        """
+        step, images = self.global_step, self.global_step * self.batch_images
+        objective, self._report = self.objective, {}
+        self.rates.set(dict(zip(self.parts, self.optimizers(), strict=True)), images)  # type: ignore
+        self.discriminator.refresh()
+        trains_generator = (step + 1) % objective.generator_every == 0
+        shared = None
+        if trains_generator and objective.one_noise and len(batches) == 1:
+            shared = self.fakes(batches[0], Purpose.NOISE)  # serves both
+        self._update("discriminator", batches, partial(self._discriminator_terms, shared, images))
+        if objective.is_lazy and step % objective.every_steps == 0:
+            self._update("discriminator", batches, partial(self._penalty_terms, images))
+        if trains_generator:
+            self._update("generator", batches, partial(self._generator_terms, shared))
+        strategy: Any = self.trainer.strategy
+        weights = strategy.whole_parameters("generator")
+        self.ema.follow(images, weights, self.generator.named_buffers())
+        self._adjust_augmentation(step + 1, images + self.batch_images)
+        return self._report
+
+    def _update(
+        self, part: str, batches: list[ImageBatch], terms: Callable[[ImageBatch], Tensor]
+    ) -> None:
+        """One step of a part by all terms of its phase, [B] for a micro-batch, summed."""
+        optimizer = self.optimizers()[list(self.parts).index(part)]  # type: ignore[index]
+        for batch in batches:
+            with self.phase(optimizer, is_last=batch is batches[-1]):
+                self.manual_backward(terms(batch).mean() / len(batches))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def phase(self, optimizer: Any, *, is_last: bool) -> AbstractContextManager[None]:
+        """Freeze the other part; exchange gradients after the last micro-batch."""
+        return optimizer.toggle_model(sync_grad=is_last)
+
+    def fakes(self, batch: ImageBatch, purpose: Purpose) -> Tensor:
+        """Images of the generator [B, C, H, W] from noise keyed by the batch's images."""
+        noise = normal(batch["keys"], purpose, self.generator.noise_size)
+        return self.generator(noise, self._labels(batch))
+
+    def judge(self, images: Tensor, batch: ImageBatch, purpose: Purpose) -> Tensor:
+        """Logits of the discriminator for augmented images; fp32 [B]."""
+        augmented = self.augmentation(images, batch["keys"], purpose)
+        return self.discriminator(augmented, self._labels(batch)).float()
+
+    def _labels(self, batch: ImageBatch) -> Tensor | None:
+        return None if self.num_classes is None else batch["labels"]
+
+    def _discriminator_terms(self, shared: Tensor | None, images: int, batch: ImageBatch) -> Tensor:
+        penalised = () if self.objective.is_lazy else self.objective.penalised
+        fakes = self._detached_fakes(batch) if shared is None else shared.detach()
+        with self._full_precision(bool(penalised)):
+            real, fake = self._judge_both(batch, fakes, penalised)
+            terms = self.objective.discriminator(real.logits, fake.logits)
+            self._note(discriminator_loss=terms, real_score=real.logits, fake_score=fake.logits)
+            # One logit has no meaning where the loss compares two.
+            margin = real.logits - fake.logits if self.objective.pairs else real.logits
+            self._note(real_sign=margin.sign())
+            return terms + self._penalty(images, batch, real, fake) if penalised else terms
+
+    def _penalty_terms(self, images: int, batch: ImageBatch) -> Tensor:
+        fakes = self._detached_fakes(batch)
+        with self._full_precision():
+            real, fake = self._judge_both(batch, fakes, self.objective.penalised)
+            penalty = self._penalty(images, batch, real, fake)
+        # Every parameter has a gradient, of 0 where none is penalised: ranks exchange all of them.
+        return self.objective.every_steps * penalty + 0 * (real.logits + fake.logits)
+
+    def _generator_terms(self, shared: Tensor | None, batch: ImageBatch) -> Tensor:
+        purpose = Purpose.NOISE if self.objective.one_noise else Purpose.FRESH_NOISE
+        fake = self.fakes(batch, purpose) if shared is None else shared
+        real_logits = None
+        if self.objective.pairs:
+            with torch.no_grad():
+                real_logits = self.judge(to_floats(batch["images"]), batch, Purpose.REAL)
+        terms = self.objective.generator(self.judge(fake, batch, Purpose.FRESH_FAKE), real_logits)
+        self._note(generator_loss=terms)
+        return terms
+
+    def _detached_fakes(self, batch: ImageBatch) -> Tensor:
+        with torch.no_grad():
+            return self.fakes(batch, Purpose.NOISE)
+
+    def _judge_both(
+        self, batch: ImageBatch, fakes: Tensor, penalised: Sequence[str]
+    ) -> tuple[Judged, Judged]:
+        """Real images and fakes with their logits; they require gradients where penalised."""
+        real = to_floats(batch["images"]).requires_grad_("r1" in penalised)
+        fake = fakes.float().requires_grad_("r2" in penalised)
+        images = {Purpose.REAL: real, Purpose.FAKE: fake}
+        shown = [self.augmentation(x, batch["keys"], purpose) for purpose, x in images.items()]
+        labels = self._labels(batch)
+        if penalised:  # apart, or one kind's second derivative would cost as much as both
+            logits = [self.discriminator(x, labels).float() for x in shown]
+        else:
+            twice = None if labels is None else labels.repeat(2)
+            logits = self.discriminator(torch.cat(shown), twice).float().chunk(2)
+        return Judged(real, logits[0]), Judged(fake, logits[1])
+
+    def _penalty(self, images: int, batch: ImageBatch, real: Judged, fake: Judged) -> Tensor:
+        def between() -> Judged:
+            mixed = interpolate(real.images, fake.images, batch["keys"], Purpose.INTERPOLATION)
+            mixed = mixed.detach().requires_grad_()
+            return Judged(mixed, self.discriminator(mixed, self._labels(batch)).float())
+
+        penalty = self.objective.penalty(images, real, fake, between)
+        self._note(penalty=penalty)
+        return penalty
+
+    def _full_precision(self, is_asked: bool = True) -> AbstractContextManager[Any]:
+        """No autocast where a gradient is penalised: its square is out of reach of fp16."""
+        return torch.autocast(self.device.type, enabled=False) if is_asked else nullcontext()
+
+    def _note(self, **values: Tensor) -> None:
+        """Add values [B] of a micro-batch to what the step reports."""
+        for name, value in values.items():
+            total, count = self._report.get(f"train/{name}", (0.0, 0))
+            self._report[f"train/{name}"] = (total + value.detach().sum(), count + len(value))
+
+    @torch.no_grad()
+    def _adjust_augmentation(self, step: int, images: int) -> None:
+        """Tell the augmentation how sure the discriminator is of real images, on all ranks."""
+        if self.augmentation.has_target:
+            signs, _ = self._report["train/real_sign"]
+            signs = self.trainer.strategy.reduce(signs.clone(), reduce_op="sum")
+            self.augmentation.observe(signs, self.batch_images)  # type: ignore[arg-type]
+        self.augmentation.adjust(step, images)

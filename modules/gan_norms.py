@@ -1,0 +1,143 @@
+"""What keeps scales in check: spectral norm of weights and batch norm of activations.
+
+Legend: B batch, C channels, H rows, W columns, K classes.
+"""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Size, Tensor, nn
+
+from modules.gan_initial_values import Draw, ones, zeros
+
+START_ITERATIONS = 15
+"""Power iterations on initial values, as torch makes; a training step then makes one."""
+
+
+class WideBuffers(nn.Module):
+    """Keeps its buffers in fp32 where a network is cast to bf16 or fp16 as a whole.
+
+    Moving averages that change by a hundredth at a time would stand still in bf16.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, before[name].to(buffer.device))
+        return self
+
+
+class SpectralNorm(WideBuffers):
+    """Spectral normalisation (Miyato et al. 2018, arXiv 1802.05957, equation 8 and algorithm 1).
+
+    sigma = u^T W v with W as a matrix [outputs, rest], differentiable in W, u and v constants. They
+    move when somebody says that it is time (`is_due`), not with every forward as in the paper's
+    code: a step that is several forwards (real and generated images, micro-batches, recomputation)
+    has one sigma, and so have its ranks.
+
+    Args:
+        size: Of the weight.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, size: Size):
+        super().__init__()
+        self.register_buffer("u", torch.zeros(size[0]))
+        self.register_buffer("v", torch.zeros(size[1:].numel()))
+        self.is_due = False
+        """Whether the next forward in training makes a power iteration first."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return W / sigma in fp32, the size of `weight`."""
+        with torch.autocast(weight.device.type, enabled=False):
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            if self.is_due and self.training:
+                self._iterate(weight)
+                self.is_due = False
+            # Copies: the backward pass may come after the buffers have moved on.
+            u, v = self.u.to(weight.dtype, copy=True), self.v.to(weight.dtype, copy=True)
+            return weight / (u @ (weight.flatten(1) @ v))
+
+    @torch.no_grad()
+    def start(self, weight: Tensor, generator: torch.Generator) -> None:
+        """Draw u and v, and bring them near the singular vectors of `weight`."""
+        for vector in (self.u, self.v):
+            vector.copy_(F.normalize(vector.normal_(generator=generator), dim=0))
+        for _ in range(START_ITERATIONS):
+            self._iterate(weight)
+
+    @torch.no_grad()
+    def _iterate(self, weight: Tensor) -> None:
+        matrix = weight.flatten(1)
+        u = F.normalize(matrix @ self.v.to(matrix.dtype), dim=0)
+        self.u.copy_(u)
+        self.v.copy_(F.normalize(matrix.mT @ u, dim=0))
+
+
+class BatchNorm(WideBuffers):
+    """Batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167), perhaps class-conditional.
+
+    Statistics are fp32, whatever the input. Those for evaluation are moving averages that each
+    forward pass in training moves; one that only recomputes for a backward pass does not.
+
+    Args:
+        channels: C.
+        num_classes: K, then every class has its gains and biases (Dumoulin et al. 2017, arXiv
+            1610.07629); None: all share one.
+        momentum: Share of a batch's statistics in the moving averages.
+        epsilon: Added to the variance.
+        is_normalising: False leaves gains and biases alone: samples are then independent.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_classes: int | None = None,
+        momentum: float,
+        epsilon: float,
+        is_normalising: bool,
+    ):
+        super().__init__()
+        size = (channels,) if num_classes is None else (num_classes, channels)
+        self.weight, self.bias = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size))
+        self.draws: dict[str, Draw] = {"weight": ones, "bias": zeros}
+        self.momentum, self.epsilon, self.is_normalising = momentum, epsilon, is_normalising
+        self.is_conditional = num_classes is not None
+        if is_normalising:
+            self.register_buffer("running_mean", torch.zeros(channels))
+            self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Normalise `x` [B, C] or [B, C, H, W] by channel; `labels` int64 [B] where K is set."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        gain, bias = self.weight.to(dtype), self.bias.to(dtype)  # [C] or [K, C]
+        if not self.is_conditional and self.is_normalising:
+            return self._normalise(x, gain, bias)
+        if self.is_conditional:
+            assert labels is not None
+            gain, bias = F.embedding(labels, gain), F.embedding(labels, bias)  # [B, C]
+        ones = (1,) * (x.dim() - 2)
+        gain, bias = (each.view(-1, x.size(1), *ones) for each in (gain, bias))
+        normalised = self._normalise(x) if self.is_normalising else x
+        return (normalised * gain + bias).to(x.dtype)
+
+    def _normalise(
+        self, x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        # Set while autograd runs a backward pass: this forward is activation checkpointing's then.
+        if torch._C._current_graph_task_id() != -1:
+            mean, variance = mean.clone(), variance.clone()
+        return F.batch_norm(
+            x, mean, variance, gain, bias, self.training, self.momentum, self.epsilon
+        )
