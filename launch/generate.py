@@ -15,8 +15,6 @@ SETTINGS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "num_sequences"),
     *("num_beams", "length_penalty"),
 )
-
-
 TEXT_SETTINGS = ("prompt", "prompt_file", *SETTINGS, "stop")
 
 
@@ -56,9 +54,9 @@ def refuse(config: DictConfig, foreign: tuple[str, ...], reason: str, own: tuple
 
 def generate_text(config: DictConfig, run: RunDirectory, module: Any) -> None:
     """Continue the prompts, or answer them, and print what comes of it."""
-    prompts = read_prompts(config)
     from trainers.build import resolve_accelerator
 
+    prompts = read_prompts(config)
     tokenizer, target_tokenizer = load_tokenizers(run)
     # A prompt is text, also where it spells `<|...|>`, unless the model fills sentinels in.
     fills_in = "objective" in run.config.datamodule

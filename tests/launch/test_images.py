@@ -94,7 +94,7 @@ def test_export_writes_the_networks_of_an_image_run(image_run, compose, capfd):
 
 
 def test_text_run_is_exported_and_refuses_settings_of_images(small_run, train, compose, tmp_path):
-    run = train(*small_run)
+    run = train(*small_run, "max_steps=2", "module.schedule.warmup_samples=0")
     out = tmp_path / "exported"
     export_run(compose("export", [f"run={run.path}", f"out={out}"]))
     _, module = load_checkpoint(run, "last")
