@@ -16,8 +16,8 @@ SEARCH = ("num_beams", "length_penalty")
 def evaluate_run(config: DictConfig) -> None:
     """Score a checkpoint, print the metrics, and keep them in `evaluations/` of the run.
 
-    Beside them, of a module that generates, a table of what it made (`.jsonl`), and in them how
-    scores were computed.
+    Of a module that generates, how its scores were computed is in them, and a table of the texts
+    that it made (`.jsonl`) beside them.
     """
     run = find_run(config.run, config.runs_dir)
     if config.split not in ("val", "test"):
@@ -39,7 +39,7 @@ def evaluate_run(config: DictConfig) -> None:
     for key, value in metrics.items():
         print(f"{key:24} {value:.4f}")
     print(f"checkpoint {name} of run {run.path.name}; written to {path}")
-    if generated and generated.rows:
+    if generated:
         print_generated(generated, path.with_suffix(".jsonl"))
 
 
@@ -58,9 +58,11 @@ def set_search(module: Any, search: dict[str, Any]) -> None:
 
 
 def print_generated(generated: Any, path: Path) -> None:
-    """Say how answers were scored, and write all of them to `path`."""
+    """Say how what was generated was scored; of texts, write all to `path`."""
     for key, signature in generated.signatures.items():
         print(f"{key:24} {signature}")
+    if not generated.rows:
+        return
     rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in generated.rows)
     path.write_text("".join(rows))
     print(f"{len(generated.rows)} rows of source, target and prediction in {path}")
@@ -76,17 +78,31 @@ def load_module(run: RunDirectory, which: str, accelerator: str) -> tuple[str, A
         ValueError: There is no such checkpoint, it is damaged, or the device cannot run it.
     """
     runtime.quiet_libraries()
-    from trainers.checkpoint import load_weights
     from trainers.compat import check
 
     check(runtime.plain(on_one_device(run.config, accelerator)), world_size=1)
+    checkpoint, module = load_checkpoint(run, which)
+    return checkpoint.name, module.eval()
+
+
+def load_checkpoint(run: RunDirectory, which: str) -> tuple[Path, Any]:
+    """Build a run's module with the weights of a verified checkpoint, on the CPU.
+
+    Returns:
+        The checkpoint's directory and the LightningModule.
+
+    Raises:
+        ValueError: There is no such checkpoint, or it is damaged.
+    """
+    from trainers.checkpoint import load_weights
+
     run.verify_checkpoint(str(which))
     checkpoint = run.find_checkpoint(str(which))
     if checkpoint is None:
         raise ValueError(f"run={run.path.name} -> it has saved nothing yet -> train it first")
     module = instantiate(run.config.module, _convert_="all")
     module.load_state_dict(load_weights(checkpoint), assign=True)
-    return checkpoint.name, module.eval()
+    return checkpoint, module
 
 
 def on_one_device(config: DictConfig, accelerator: str) -> DictConfig:

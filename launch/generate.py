@@ -1,4 +1,4 @@
-"""Generate: text from a checkpoint of a run."""
+"""Generate: text or images from a checkpoint of a run."""
 
 import sys
 from pathlib import Path
@@ -8,33 +8,63 @@ from omegaconf import DictConfig
 
 from launch import runtime
 from launch.evaluate import load_module
+from launch.pictures import IMAGE_SETTINGS, write_images
 from launch.run_directory import RunDirectory, find_run
 
 SETTINGS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "num_sequences"),
     *("num_beams", "length_penalty"),
 )
+TEXT_SETTINGS = ("prompt", "prompt_file", *SETTINGS, "stop")
 
 
-def generate_text(config: DictConfig) -> None:
-    """Continue the prompts, or answer them, and print what comes of it."""
+def generate(config: DictConfig) -> None:
+    """Write images, or print texts, as the run's family generates the ones or the others.
+
+    Raises:
+        ValueError: It generates neither, or a setting belongs to the other.
+    """
     run = find_run(config.run, config.runs_dir)
-    prompts = read_prompts(config)
-    _, module = load_module(run, config.checkpoint, config.accelerator)
-    if not hasattr(module, "generate"):
+    checkpoint, module = load_module(run, config.checkpoint, config.accelerator)
+    if hasattr(module, "synthesize"):
+        refuse(config, TEXT_SETTINGS, f"{type(module).__name__} generates images", IMAGE_SETTINGS)
+        write_images(config, run, checkpoint, module)
+    elif hasattr(module, "generate"):
+        refuse(config, IMAGE_SETTINGS, f"{type(module).__name__} generates text", TEXT_SETTINGS)
+        generate_text(config, run, module)
+    else:
         raise ValueError(
-            f"run={run.path.name} -> {type(module).__name__} generates no text -> use a run of a "
-            f"text family"
+            f"run={run.path.name} -> {type(module).__name__} generates nothing -> use a run of a "
+            "family of texts or of images"
         )
+
+
+def refuse(config: DictConfig, foreign: tuple[str, ...], reason: str, own: tuple[str, ...]) -> None:
+    """Refuse settings that mean nothing for what a run generates.
+
+    Raises:
+        ValueError: One of `foreign` is given.
+    """
+    given = [f"{key}={config[key]}" for key in foreign if config[key] is not None]
+    if given:
+        raise ValueError(
+            f"{' '.join(given)} -> {reason} -> leave it out; there are {', '.join(own)}"
+        )
+
+
+def generate_text(config: DictConfig, run: RunDirectory, module: Any) -> None:
+    """Continue the prompts, or answer them, and print what comes of it."""
     from trainers.build import resolve_accelerator
 
+    prompts = read_prompts(config)
     tokenizer, target_tokenizer = load_tokenizers(run)
     # A prompt is text, also where it spells `<|...|>`, unless the model fills sentinels in.
     fills_in = "objective" in run.config.datamodule
     tokenizer.encode_special_tokens = not fills_in
     module.to(resolve_accelerator(config.accelerator))
     settings = {key: config[key] for key in SETTINGS if config[key] is not None}
-    if not config.stop:
+    settings.setdefault("num_sequences", 1)
+    if config.stop is False:
         if not module.continues_prompts:
             raise ValueError(
                 f"stop=false -> an answer of {type(module).__name__} ends where the model ends it "
@@ -76,13 +106,13 @@ def encode(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def read_prompts(config: DictConfig) -> list[str]:
-    """Take `prompt`, or the lines of `prompt_file`.
+    """Take `prompt`, or the lines of `prompt_file`; without either an empty line.
 
     Raises:
         ValueError: The file does not exist or holds no prompt.
     """
     if config.prompt_file is None:
-        return [str(config.prompt)]
+        return ["\n" if config.prompt is None else str(config.prompt)]
     if config.prompt_file == "-":
         lines = sys.stdin.read().splitlines()
     elif Path(config.prompt_file).is_file():
@@ -94,7 +124,7 @@ def read_prompts(config: DictConfig) -> list[str]:
     return lines
 
 
-main = runtime.verb("generate")(generate_text)
+main = runtime.verb("generate")(generate)
 
 if __name__ == "__main__":
     main()

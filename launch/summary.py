@@ -10,7 +10,14 @@ from rich.text import Text
 
 from launch.run_directory import RunDirectory
 
-PATHS = {"checkpoint": "checkpoint", "samples": "samples_file", "loss curve": "losses_png"}
+PATHS = {
+    "checkpoint": "checkpoint",
+    "samples": "samples_file",
+    "pictures": "pictures",
+    "grid of the last": "last_grid",
+    "grid of the best": "best_grid",
+    "loss curve": "losses_png",
+}
 
 
 def summarize(run: RunDirectory, trainer: Any) -> dict[str, Any]:
@@ -19,7 +26,8 @@ def summarize(run: RunDirectory, trainer: Any) -> dict[str, Any]:
     Returns:
         `step`, `samples`, `tokens`, the last `val/*` metrics, `tokens_per_s` (mean over this
         launch's training time; None where it trained nothing; `samples_per_s` where samples have
-        no fixed number of tokens), `signatures` of scores, and paths.
+        no fixed number of tokens), `signatures` of scores, and paths; of a module that draws
+        `pictures` those of the last and of the best checkpoint's grid, where there are any.
     """
     from trainers.callbacks.step_metrics import StepMetrics
     from trainers.metrics import plot_losses, read_metrics
@@ -41,7 +49,20 @@ def summarize(run: RunDirectory, trainer: Any) -> dict[str, Any]:
         "samples_file": str(samples) if samples and samples.exists() else None,
         "signatures": generated.signatures if generated else {},
         "losses_png": str(run.path / "losses.png"),
+        **(_pictures(run) if hasattr(trainer.lightning_module, "pictures") else {}),
     }
+
+
+def _pictures(run: RunDirectory) -> dict[str, str]:
+    from trainers.callbacks.pictures import folder_name
+
+    paths = {"pictures": run.path / "samples"}
+    for which in ("last", "best"):
+        if (run.checkpoints / which).exists() and (checkpoint := run.find_checkpoint(which)):
+            step = int(checkpoint.name.removeprefix("step-"))
+            folder = paths["pictures"] / folder_name(step * run.config.plan.batch_samples)
+            paths[f"{which}_grid"] = folder / "grid.png"
+    return {name: str(path) for name, path in paths.items() if path.exists()}
 
 
 def print_summary(run: RunDirectory) -> None:
@@ -51,12 +72,13 @@ def print_summary(run: RunDirectory) -> None:
         console.print(Panel(Text(sample), title="a sample", expand=False))
     lines = {"run": f"{run.path.name}: done"}
     unit = "tokens" if "tokens" in summary else "samples"
-    lines["trained"] = f"{summary['step']:,} steps, {summary[unit]:,} {unit}"
+    name = "images" if "pictures" in summary else unit
+    lines["trained"] = f"{summary['step']:,} steps, {summary[unit]:,} {name}"
     lines |= {key: f"{summary[key]:.4f}" for key in sorted(summary) if key.startswith("val/")}
-    lines |= {f"{name} is": value for name, value in summary.get("signatures", {}).items()}
+    lines |= {f"{key} is": value for key, value in summary.get("signatures", {}).items()}
     if speed := summary[f"{unit}_per_s"]:
-        lines[f"{unit}/s"] = f"{speed:,.0f}"
-    lines |= {title: summary[key] for title, key in PATHS.items() if summary[key] is not None}
+        lines[f"{name}/s"] = f"{speed:,.0f}"
+    lines |= {title: path for title, key in PATHS.items() if (path := summary.get(key))}
     for title, value in lines.items():
         console.print(f"[bold]{title:20}[/bold]", end="")
         console.print(value, markup=False, highlight=False, soft_wrap=True)

@@ -150,7 +150,7 @@ def write_atomically(path: Path, text: str) -> None:
 def _write(scratch: Path, checkpoint: dict[str, Any], facts: dict[str, Any]) -> None:
     scratch.mkdir(parents=True)
     state = {key: value for key, value in checkpoint.items() if key != "state_dict"}
-    save_file(_unshared(checkpoint["state_dict"]), scratch / WEIGHTS, metadata={"format": "pt"})
+    save_file(unshared(checkpoint["state_dict"]), scratch / WEIGHTS, metadata={"format": "pt"})
     with (scratch / STATE).open("wb") as file:
         try:
             torch.save(state, file)
@@ -183,7 +183,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Contiguous tensors, a copy for each further name of one storage: safetensors wants that."""
     seen: set[int] = set()
     unshared = {}

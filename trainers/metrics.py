@@ -37,6 +37,9 @@ class StampedLogger(Logger):
     def log_table(self, key: str, rows: list[dict[str, str]]) -> None:
         """Log rows of text; nothing where a logger has no tables."""
 
+    def log_pictures(self, pictures: Mapping[str, Path], num_images: int) -> None:
+        """Log PNG files by name, drawn after `num_images` images; nothing where it shows none."""
+
 
 class JsonLines(StampedLogger):
     """Rows of metrics as JSON lines, one object a row, appended and flushed."""

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from launch.evaluate import evaluate_run
-from launch.generate import generate_text
+from launch.generate import generate
 from launch.prepare import prepare
 from launch.run_directory import RunDirectory
 
@@ -66,12 +66,12 @@ def test_pairs_are_trained_on_scored_and_answered(run, compose, capfd):
     assert path.with_suffix(".jsonl").read_text().splitlines() != lines
     capfd.readouterr()
     best = rows[0]
-    generate_text(compose("generate", [*settings, f"prompt={best[0]}"]))
+    generate(compose("generate", [*settings, f"prompt={best[0]}"]))
     assert capfd.readouterr().out.strip() == best[2]  # the answer alone, as it was in the test
     with pytest.raises(ValueError, match=r"its 13 tokens .* more than the 12"):
-        generate_text(compose("generate", [*settings, f"prompt={' '.join(['sea'] * 12)}"]))
+        generate(compose("generate", [*settings, f"prompt={' '.join(['sea'] * 12)}"]))
     with pytest.raises(ValueError, match="stop=false -> an answer of EncoderDecoder"):
-        generate_text(compose("generate", [*settings, "prompt=sea", "stop=false"]))
+        generate(compose("generate", [*settings, "prompt=sea", "stop=false"]))
 
 
 def test_other_pairs_start_from_a_run_with_its_vocabularies(run, settings, train):

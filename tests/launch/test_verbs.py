@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from launch.evaluate import evaluate_run
-from launch.generate import generate_text
+from launch.generate import generate
 from launch.prepare import prepare
 
 
@@ -47,23 +47,23 @@ def test_evaluate_refuses_another_corpus(run, compose, text_file):
 def test_generate_prints_continuations_of_the_prompts(run, compose, capfd, tmp_path):
     overrides = [f"run={run.path}", "accelerator=cpu", "max_new_tokens=6", "num_sequences=2"]
     capfd.readouterr()
-    generate_text(compose("generate", [*overrides, "prompt=the dog"]))
+    generate(compose("generate", [*overrides, "prompt=the dog"]))
     first = capfd.readouterr().out
     texts = first.split("-" * 40 + "\n")[:2]
     assert all(text.startswith("the dog") for text in texts)
     assert [len(text.removesuffix("\n")) for text in texts] == [13, 13]
-    generate_text(compose("generate", [*overrides, "prompt=the dog"]))
+    generate(compose("generate", [*overrides, "prompt=the dog"]))
     assert capfd.readouterr().out == first  # the same seed
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\nthe tree\n")
-    generate_text(compose("generate", [*overrides, f"prompt_file={prompts}"]))
+    generate(compose("generate", [*overrides, f"prompt_file={prompts}"]))
     assert capfd.readouterr().out.count("the tree") == 2
 
 
 def test_generate_refuses_an_unknown_run(compose):
     overrides = ["run=nobody"]
     with pytest.raises(ValueError, match=r"run=nobody -> no such run"):
-        generate_text(compose("generate", overrides))
+        generate(compose("generate", overrides))
 
 
 def test_prepare_prints_what_is_there(text_file, tmp_path, compose, capfd):

@@ -79,6 +79,17 @@ class WandbLogger(StampedLogger):
             self.experiment.log({key: table} | stamp, step=int(stamp["step"]))
 
     @rank_zero_only
+    def log_pictures(self, pictures: Mapping[str, Path], num_images: int) -> None:
+        """Log PNG files; rows of steps gone by are refused, so captions say when they are from."""
+        caption = f"after {num_images:,} images"
+        row = {
+            f"pictures/{name}": wandb.Image(str(path), caption=caption)
+            for name, path in pictures.items()
+        }
+        stamp = self.stamp()
+        self.experiment.log(row | stamp, step=int(stamp["step"]))
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Close the client's run; Lightning says `failed` of one that was asked to stop, too."""
         if self._run is not None:
