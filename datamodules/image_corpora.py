@@ -189,8 +189,8 @@ class ImageCorpus:
         ]
         store_images(tasks, self.num_processes, f"Preparing {self.name}")
         merged, num_bad = merge_images(tasks)
-        self._check_merged(merged, fractions, sources)
         classes = self._classes(merged, sources["train"].classes)
+        self._check_merged(merged, fractions, sources)
         for split, part in merged.items():
             schema = schema_of(form, classes is not None)
             write_index(path / split, schema=schema, tokenizer=None, shards=part.shards)

@@ -32,10 +32,8 @@ _DECODERS = ("PNG", "JPEG", "WEBP", "BMP")
 _MODES = {1: "L", 3: "RGB"}
 _GREY_MODES = ("1", "L", "LA")
 _DEEP_MODES = ("I", "F")  # and those that begin with `I;`: more than 8 bits a channel
-_DAMAGES = (
-    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
-    Image.DecompressionBombError,
-)
+_BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
+_DAMAGES = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 Pixels = NDArray[np.uint8]
 
@@ -129,10 +127,10 @@ def open_image(content: bytes | memoryview) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content), formats=_DECODERS)
         image.load()
+    except _BOMBS as err:
+        raise ValueError(f"it has too many pixels ({err})") from err
     except Image.UnidentifiedImageError as err:
         raise ValueError(f"it is no whole file of {', '.join(_DECODERS)}") from err
-    except Image.DecompressionBombWarning as err:
-        raise ValueError(f"it has too many pixels ({err})") from err
     except _DAMAGES as err:
         raise ValueError(f"it is damaged or cut short ({err})") from err
     return image

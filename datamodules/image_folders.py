@@ -50,7 +50,7 @@ def list_folder(
     Raises:
         ValueError: there are no images, or it cannot be told which class each is of.
     """
-    files = sorted(_walk(root), key=lambda file: file.name)
+    files = sorted(walk_images(root), key=lambda file: file.name)
     if not files:
         raise ValueError(
             f"corpus.{key}={root} -> holds no image: no file ending in {', '.join(SUFFIXES)}, no "
@@ -93,7 +93,8 @@ def cut_folder(
     return [FolderPiece(tuple(own), size) for own, size in zip(pieces, sizes, strict=True)]
 
 
-def _walk(root: Path) -> Iterator[SourceFile]:
+def walk_images(root: Path) -> Iterator[SourceFile]:
+    """Find the image files below a folder, outside of hidden ones."""
     for folder, folders, names in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:

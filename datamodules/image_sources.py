@@ -13,7 +13,7 @@ import numpy as np
 from datamodules.foreign import SUFFIXES as SHARD_SUFFIXES
 from datamodules.foreign import list_shards, open_archive
 from datamodules.image_files import MEMBERS, SourceImage
-from datamodules.image_folders import cut_folder, list_folder
+from datamodules.image_folders import cut_folder, list_folder, walk_images
 from datamodules.image_idx import cut_idx, find_idx, is_idx, labels_of
 from datamodules.sources import SourceFile
 from datamodules.tar import BadSampleError, StoredSample, check_members, read_samples
@@ -186,7 +186,7 @@ def list_images(
             both = [root] if labels is None else [root, labels]
             pieces = cut_idx(root, labels, unit_bytes)
             return ImageSource([SourceFile(p.name, p.resolve()) for p in both], pieces, None)
-        if root.is_dir() and not any(p.name.endswith(SHARD_SUFFIXES) for p in root.iterdir()):
+        if root.is_dir() and not _has_shards(key, root):
             files, classes_of, classes = list_folder(
                 key, root, has_labels=has_labels, known_classes=known_classes
             )
@@ -208,6 +208,16 @@ def find_test(path: str | Sequence[str]) -> str | None:
         return None
     found = find_idx(Path(path))
     return str(found["test"]) if found.keys() == {"train", "test"} else None
+
+
+def _has_shards(key: str, folder: Path) -> bool:
+    shards = [path for path in folder.iterdir() if path.name.endswith(SHARD_SUFFIXES)]
+    if shards and (image := next(walk_images(folder), None)) is not None:
+        raise ValueError(
+            f"corpus.{key}={folder} -> holds shards ({shards[0].name}) and images ({image.name}) "
+            "-> which are meant cannot be told -> move one of them elsewhere"
+        )
+    return bool(shards)
 
 
 def _find_digits() -> Path:
