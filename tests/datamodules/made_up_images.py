@@ -13,7 +13,10 @@ from PIL import Image
 
 from datamodules.facts import PreparedData
 from datamodules.image_corpora import ImageCorpus
+from datamodules.images import ImageDataModule
+from datamodules.prepared import PreparedCorpus
 from tests.datamodules.by_hand import read_with_webdataset
+from tests.datamodules.stream_settings import STREAM
 
 Seen = Counter[tuple[bytes, tuple[int, ...], int | None]]
 """Pixels, shape and label."""
@@ -40,6 +43,41 @@ def make_images(path: Any, **settings: Any) -> ImageCorpus:
         "seed": 0,
     }
     return ImageCorpus(**{**defaults, **settings})
+
+
+def make_data(
+    corpus: Any, rank: int = 0, world: int = 1, state: Any = None, **own: Any
+) -> ImageDataModule:
+    class OfRank(ImageDataModule):
+        @property
+        def rank(self) -> int:
+            return rank
+
+        @property
+        def world_size(self) -> int:
+            return world
+
+    settings: dict[str, Any] = {
+        "corpus": as_it_is(corpus) if isinstance(corpus, PreparedData) else corpus,
+        "data_dir": "unused",
+        "resolution": 8,
+        "channels": 3,
+        "resize": "none",
+        "flip": False,
+        "eval_images": 5,
+        "batch_samples": 12,
+        "micro_batch": 2,
+        "max_samples": 240,
+        **STREAM,
+    }
+    data = OfRank(**{**settings, "tail": "carry", **own})
+    if state is not None:
+        data.load_state_dict(state)
+    return data
+
+
+def as_it_is(prepared: PreparedData) -> PreparedCorpus:
+    return PreparedCorpus(name="prepared", path=str(prepared.path), storage_options={})
 
 
 def draw_pixels(number: int, height: int = 8, width: int = 8, channels: int = 3) -> NDArray:

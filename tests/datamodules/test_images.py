@@ -2,7 +2,6 @@
 
 import io
 import shutil
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,19 @@ import torch
 from PIL import Image
 
 from datamodules import write
-from datamodules.corpora import Corpus
 from datamodules.facts import PreparedData
-from datamodules.images import ImageDataModule
-from datamodules.index import read_index
 from datamodules.order import uniform
-from datamodules.prepared import PreparedCorpus
 from datamodules.tar import BadSampleError
-from datamodules.text import TextDataModule
 from tests.datamodules import by_hand
 from tests.datamodules.made_up_images import (
     Seen,
     draw_pixels,
+    make_data,
     make_images,
     read_images,
     seen,
     write_folder,
 )
-from tests.datamodules.stream_settings import STREAM
 
 Sample = tuple[bytes, int, int]
 """Pixels, label and key."""
@@ -40,41 +34,6 @@ Sample = tuple[bytes, int, int]
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PreparedData:
     monkeypatch.setattr(write, "BLOCK_BYTES", 4096)
     return make_images(write_folder(tmp_path / "set", 100)).prepare(tmp_path / "data")
-
-
-def make_data(
-    corpus: Any, rank: int = 0, world: int = 1, state: Any = None, **own: Any
-) -> ImageDataModule:
-    class OfRank(ImageDataModule):
-        @property
-        def rank(self) -> int:
-            return rank
-
-        @property
-        def world_size(self) -> int:
-            return world
-
-    settings: dict[str, Any] = {
-        "corpus": as_it_is(corpus) if isinstance(corpus, PreparedData) else corpus,
-        "data_dir": "unused",
-        "resolution": 8,
-        "channels": 3,
-        "resize": "none",
-        "flip": False,
-        "eval_images": 5,
-        "batch_samples": 12,
-        "micro_batch": 2,
-        "max_samples": 240,
-        **STREAM,
-    }
-    data = OfRank(**{**settings, "tail": "carry", **own})
-    if state is not None:
-        data.load_state_dict(state)
-    return data
-
-
-def as_it_is(prepared: PreparedData) -> PreparedCorpus:
-    return PreparedCorpus(name="prepared", path=str(prepared.path), storage_options={})
 
 
 def train(prepared: Any, world: int = 1, **own: Any) -> list[Sample]:
@@ -263,38 +222,3 @@ def test_image_that_cannot_be_decoded_is_a_bad_sample(
     assert torch.equal(found[3], intact[4])
     intact[3] = intact[4]
     assert torch.equal(found, intact)
-
-
-def test_settings_that_cannot_be_are_refused(prepared: PreparedData) -> None:
-    cases: dict[str, dict[str, Any]] = {
-        r"datamodule.tail=pad_mask -> .* drop or carry": {"tail": "pad_mask"},
-        r"datamodule.resize=nearest -> unknown": {"resize": "nearest"},
-        r"datamodule.channels=4 -> unknown -> choose one of 1, 3": {"channels": 4},
-        r"datamodule.flip=both -> ": {"flip": "both"},
-        r"datamodule.resolution=0 -> ": {"resolution": 0},
-        r"datamodule.eval_images=1.5 -> ": {"eval_images": 1.5},
-    }
-    for message, settings in cases.items():
-        with pytest.raises(ValueError, match=message):
-            make_data(prepared, **settings)
-
-
-def test_data_of_another_kind_or_shape_is_refused_when_it_is_found(
-    prepared: PreparedData, make_corpus: Callable[..., Corpus], jsonl: Path, tmp_path: Path
-) -> None:
-    text = make_corpus(jsonl).prepare(tmp_path / "data")
-    with pytest.raises(ValueError, match=r"datamodule=images -> the corpus has text, .*=text"):
-        make_data(text).setup("fit")
-    with pytest.raises(ValueError, match=r"datamodule=text -> the corpus has images, .*=images"):
-        TextDataModule(
-            **{"sequence_length": 8, "packing": "cut", "document_mask": False},
-            **{"corpus": as_it_is(prepared), "data_dir": "unused", **STREAM},
-            **{"batch_samples": 4, "micro_batch": 2, "max_samples": 8},
-        ).setup("fit")
-    with pytest.raises(ValueError, match=r"datamodule.channels=1 -> .* have 3 -> .*channels=1"):
-        make_data(prepared, channels=1).setup("fit")
-    message = r"datamodule.resolution=9 -> .* 8 to 8 rows and 8 to 8 columns -> .*resolution=9, or"
-    with pytest.raises(ValueError, match=message):
-        make_data(prepared, resolution=9).setup("fit")
-    make_data(prepared, resolution=9, resize="box").setup("fit")
-    assert read_index(prepared.path / "train").tokenizer is None
