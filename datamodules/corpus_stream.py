@@ -2,12 +2,12 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from tokenizers import Tokenizer
 
 from datamodules.blend import BlendOrder
-from datamodules.facts import TOKENIZER_FILE, PreparedData
+from datamodules.facts import TEXT, TOKENIZER_FILE, PreparedData
 from datamodules.index import Index, join_indexes, read_index
 from datamodules.loader import order_of
 from datamodules.order import RunOrder
@@ -25,13 +25,15 @@ class Preparable(Protocol):
 
 
 class CorpusDataModule(StreamDataModule):
-    """Batches of a corpus; extended by a kind of data with `samples_of`.
+    """Batches of a corpus; extended by a kind of data with `samples_of`, and `kind` of the corpus.
 
     Args:
         corpus: the data and how to prepare it.
         data_dir: folder of prepared data.
         stream: the rest, as in `datamodules.stream.StreamDataModule`.
     """
+
+    kind: ClassVar[str] = TEXT
 
     def __init__(self, *, corpus: Preparable, data_dir: str, **stream: Any) -> None:
         super().__init__(**stream)
@@ -43,12 +45,29 @@ class CorpusDataModule(StreamDataModule):
         raise NotImplementedError
 
     def prepare_data(self) -> None:
-        """Tokenize the corpus into shards, where that has not been done."""
+        """Write the corpus into shards, where that has not been done."""
         self._corpus.prepare(self._data_dir)
 
     def setup(self, stage: str) -> None:
-        """Find the prepared data, on every rank."""
+        """Find the prepared data, on every rank.
+
+        Raises:
+            ValueError: it is of another kind, or none that the settings can be used with.
+        """
         self._find()
+
+    def check_data(self, prepared: PreparedData) -> None:
+        """Refuse data that cannot be used, by its facts; extended by kinds of data that know more.
+
+        Raises:
+            ValueError: the data is of another kind.
+        """
+        if prepared.kind != self.kind:
+            raise ValueError(
+                f"datamodule={self.kind} -> the corpus has {prepared.kind}, in {prepared.path} -> "
+                f"set datamodule={prepared.kind} and a module for it, or take a corpus of "
+                f"{self.kind}"
+            )
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -120,5 +139,7 @@ class CorpusDataModule(StreamDataModule):
 
     def _find(self) -> PreparedData:
         if self._prepared is None:
-            self._prepared = self._corpus.prepare(self._data_dir)
+            prepared = self._corpus.prepare(self._data_dir)
+            self.check_data(prepared)
+            self._prepared = prepared
         return self._prepared

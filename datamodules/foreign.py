@@ -110,8 +110,12 @@ def index_shards(source: str | Sequence[str], out: str | None, num_processes: in
     return folder
 
 
-def list_shards(source: str | Sequence[str]) -> list[Path]:
+def list_shards(source: str | Sequence[str], key: str = "index") -> list[Path]:
     """Find shards: those of a folder and of a glob by name, lists as they are.
+
+    Args:
+        source: as in `index_shards`.
+        key: of the configuration that names them, for messages.
 
     Raises:
         ValueError: there are none, one is not local, or one comes twice.
@@ -120,8 +124,8 @@ def list_shards(source: str | Sequence[str]) -> list[Path]:
     for name in [source] if isinstance(source, str) else source:
         if is_remote(name):
             raise ValueError(
-                f"index={name} -> shards are read from their begin to their end to be indexed -> "
-                "write the index where a copy of them is local, and put it beside them"
+                f"{key}={name} -> shards are read from their begin to their end -> do this where a "
+                "copy of them is local, and put what is written where it is needed"
             )
         if Path(name).is_dir():
             paths = sorted(path for path in Path(name).iterdir() if path.name.endswith(SUFFIXES))
@@ -131,13 +135,13 @@ def list_shards(source: str | Sequence[str]) -> list[Path]:
             paths = [Path(path) for path in names]
         if not paths:
             raise ValueError(
-                f"index={name} -> there is no shard: no such file, or no file ending in "
+                f"{key}={name} -> there is no shard: no such file, or no file ending in "
                 f"{', '.join(SUFFIXES)} -> give a folder, a glob, or a list of shards"
             )
         found += [Path(os.path.abspath(path)) for path in paths]
     if twice := [path for path, count in Counter(found).items() if count > 1]:
         raise ValueError(
-            f"index={source} -> names {twice[0]} more than once -> its samples would be seen "
+            f"{key}={source} -> names {twice[0]} more than once -> its samples would be seen "
             "twice; name it once"
         )
     return found

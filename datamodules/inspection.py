@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from datamodules.facts import FACTS_FILE, PAIRS, TARGET_TOKENIZER_FILE, TEXTS_FILE
 from datamodules.foreign import open_archive
+from datamodules.image_files import SUFFIXES, describe
 from datamodules.index import INDEX_FILE, Index, Shard, digest_file, is_remote, read_index
 from datamodules.processes import run_tasks
 from datamodules.tar import StoredSample, read_samples
@@ -67,7 +68,7 @@ def inspect_data(path: str, num_processes: int | None) -> None:
         if (facts := _read_facts(index)).get("kind") == PAIRS:
             _print_pairs(index, facts["is_joint"])
         else:
-            _print_samples(index)
+            _print_samples(index, facts.get("classes") or [])
 
 
 def print_data(path: Path) -> None:
@@ -99,7 +100,7 @@ def _print_counts(indexes: list[Index]) -> None:
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_samples(index: Index) -> None:
+def _print_samples(index: Index, classes: list[str]) -> None:
     """Print the first sample of a data set, the middle one and the last, where they are local."""
     num_samples = len(index.lengths)
     tokenizer = None
@@ -115,7 +116,7 @@ def _print_samples(index: Index) -> None:
             samples, _ = read_samples(archive, 0, len(archive))
             sample = samples[number - int(stops[place]) + shard.num_samples]
             lines = [f"{index.path.resolve().name}, sample {number}: {sample.key}"]
-            lines += _describe(archive, sample, tokenizer)
+            lines += _describe(archive, sample, tokenizer, classes)
         Console().print("\n  ".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -176,7 +177,9 @@ def _hash(task: FileTask) -> bool:
     return task.path.exists() and digest_file(task.path) == task.digest
 
 
-def _describe(archive: memoryview, sample: StoredSample, tokenizer: Tokenizer | None) -> list[str]:
+def _describe(
+    archive: memoryview, sample: StoredSample, tokenizer: Tokenizer | None, classes: list[str]
+) -> list[str]:
     """Name, size and something of the content of each member of a sample."""
     lines = []
     for extension, (offset, size) in sample.members.items():
@@ -184,6 +187,10 @@ def _describe(archive: memoryview, sample: StoredSample, tokenizer: Tokenizer | 
         codec, shown = extension.rpartition(".")[2], ""
         if codec in _TEXTS:
             shown = repr(content.decode(errors="replace"))
+            if extension == "cls" and classes:
+                shown += f" ({classes[int(content)]})"
+        elif f".{codec}" in SUFFIXES:
+            shown = describe(content)
         elif codec == "npy":
             array = np.load(io.BytesIO(content), allow_pickle=False)
             shown = f"{array.dtype}{list(array.shape)}"

@@ -33,6 +33,8 @@ class PairDataModule(CorpusDataModule):
         corpus_stream: the rest, as in `datamodules.corpus_stream.CorpusDataModule`.
     """
 
+    kind = PAIRS
+
     def __init__(
         self,
         *,
@@ -74,14 +76,8 @@ class PairDataModule(CorpusDataModule):
         """Give the pairs of a data set; those of val and test with their texts.
 
         Raises:
-            ValueError: the corpus is none of pairs, pairs are too long, or the texts are not those
-                which were prepared.
+            ValueError: pairs are too long, or the texts are not those which were prepared.
         """
-        if self.facts.get("kind") != PAIRS:
-            raise ValueError(
-                f"datamodule=pairs -> the corpus in {self._find().path} is none of pairs, or a "
-                "blend, which pairs are not read from -> use one corpus of pairs (corpus=pairs)"
-            )
         is_training = split == "train"
         plan = PairPlan(
             index,

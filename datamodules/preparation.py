@@ -59,26 +59,42 @@ def prepare_once(
 
 
 def check_sizes(corpus: Any) -> None:
-    """Refuse sizes and shares that cannot be.
+    """Refuse sizes and shares of a corpus of text that cannot be.
 
     Args:
-        corpus: has `chunk_kb`, `shard_mb`, `seed`, `num_sentinels`, `val_fraction` and
-            `test_fraction`.
+        corpus: has `chunk_kb`, `num_sentinels`, and what `check_shares` looks at.
 
     Raises:
         ValueError: one is too small, or nothing is left to train on.
     """
-    # A part of no byte would never end.
-    for key, least in {"chunk_kb": 1, "shard_mb": 2**-20, "seed": 0}.items():
-        if (value := getattr(corpus, key)) < least:
-            raise ValueError(f"corpus.{key}={value} -> it is a number -> use {least} or more")
+    check_least(corpus, chunk_kb=1)  # a part of no byte would never end
     check_sentinels(corpus.num_sentinels)
+    check_shares(corpus)
+
+
+def check_shares(corpus: Any) -> None:
+    """Refuse sizes of shards and shares of splits that cannot be.
+
+    Args:
+        corpus: has `shard_mb`, `seed`, `val_fraction` and `test_fraction`.
+
+    Raises:
+        ValueError: one is too small, or nothing is left to train on.
+    """
+    check_least(corpus, shard_mb=2**-20, seed=0)
     val, test = corpus.val_fraction, corpus.test_fraction
     if min(val, test) < 0 or not val + test < 1:
         raise ValueError(
             f"corpus.val_fraction={val}, corpus.test_fraction={test} -> nothing is left to train "
             "on -> their sum must be below 1"
         )
+
+
+def check_least(corpus: object, **least: float) -> None:
+    """Refuse numbers below the least that each may be; the message names the key."""
+    for key, bound in least.items():
+        if (value := getattr(corpus, key)) < bound:
+            raise ValueError(f"corpus.{key}={value} -> it is a number -> use {bound} or more")
 
 
 def check_bounds(corpus: object, **kinds: Any) -> None:
@@ -101,7 +117,7 @@ def check_bounds(corpus: object, **kinds: Any) -> None:
 
 
 def check_splits(
-    fractions: Mapping[str, float], merged: Mapping[str, MergedSplit], path: str, seed: int
+    fractions: Mapping[str, float], merged: Mapping[str, Any], path: str, seed: int
 ) -> None:
     """Refuse a split of some share into which nothing fell.
 
@@ -112,7 +128,7 @@ def check_splits(
         if fraction > 0 and split not in merged:
             raise ValueError(
                 f"corpus.val_fraction={fractions['val']}, corpus.test_fraction={fractions['test']} "
-                f"-> no text of {path} fell into {split} -> raise its share, change corpus.seed="
+                f"-> nothing of {path} fell into {split} -> raise its share, change corpus.seed="
                 f"{seed}, or take a larger corpus"
             )
 

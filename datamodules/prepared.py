@@ -12,6 +12,7 @@ from typing import Any
 
 from datamodules.facts import (
     FACTS_FILE,
+    IMAGES,
     TARGET_TOKENIZER_FILE,
     TEXTS_FILE,
     TOKENIZER_FILE,
@@ -64,8 +65,9 @@ class PreparedCorpus:
 
     def _copy(self, source: "_Remote", path: Path, facts: bytes) -> None:
         path.mkdir(exist_ok=True)
-        write_atomically(path / TOKENIZER_FILE, source.read(TOKENIZER_FILE))
         known = json.loads(facts)
+        if known.get("kind") != IMAGES:
+            write_atomically(path / TOKENIZER_FILE, source.read(TOKENIZER_FILE))
         if not known.get("is_joint", True):
             write_atomically(path / TARGET_TOKENIZER_FILE, source.read(TARGET_TOKENIZER_FILE))
         for split in known["shards"]:

@@ -12,7 +12,7 @@ _ABOVE_0 = ("window_mb", "cache.gb", "cache.timeout_s")
 _WHOLE_OF_CACHE = {"cache.num_connections": 1, "cache.max_attempts": 1}
 
 
-def check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:
     """Refuse a value that is not one of some.
 
     Raises:
@@ -20,7 +20,7 @@ def check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
     """
     if value not in choices:
         raise ValueError(
-            f"datamodule.{key}={value} -> unknown -> choose one of {', '.join(choices)}"
+            f"datamodule.{key}={value} -> unknown -> choose one of {', '.join(map(str, choices))}"
         )
 
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 from datamodules.corpus_stream import CorpusDataModule
-from datamodules.facts import PAIRS
 from datamodules.index import Index
 from datamodules.pack import PackedRows
 from datamodules.rows import TextRows
@@ -39,11 +38,6 @@ class TextDataModule(CorpusDataModule):
 
     def samples_of(self, split: str, index: Index) -> SampleSource:
         """Give the rows of a data set."""
-        if self.facts.get("kind") == PAIRS:
-            raise ValueError(
-                "datamodule=text -> the corpus has pairs of source and target, no running text -> "
-                "set datamodule=pairs and module=encoder_decoder"
-            )
         if self._packing == "best_fit":
             return self._packed(index)
         return TextRows(

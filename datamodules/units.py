@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -106,16 +106,17 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
-def split_of(document: str, fractions: dict[str, float], seed: int) -> str:
+def split_of(document: str | bytes, fractions: Mapping[str, float], seed: int) -> str:
     """Assign a document to a split by a keyed hash of its content.
 
     Args:
-        document: the text.
+        document: the text, or the bytes of another kind of sample.
         fractions: at least the shares of `val` and `test`.
         seed: the key.
     """
     key = seed.to_bytes(8, "little")
-    digest = hashlib.blake2b(document.encode(), digest_size=8, key=key).digest()
+    content = document.encode() if isinstance(document, str) else document
+    digest = hashlib.blake2b(content, digest_size=8, key=key).digest()
     place = int.from_bytes(digest, "little") / 2**64
     for split in ("val", "test"):
         if place < fractions[split]:
@@ -156,10 +157,7 @@ def merge_units(tasks: Sequence[UnitTask[Any]]) -> dict[str, MergedSplit]:
                 "tokens.npy": {"codec": "npy", "dtype": np.dtype(tasks[0].dtype).name},
                 "ends.npy": {"codec": "npy", "dtype": "uint32"},
             },
-            "shards": [
-                ShardFacts(**{**facts["facts"], "shard": Shard(**facts["facts"]["shard"])})
-                for facts in shards
-            ],
+            "shards": [load_facts(facts["facts"]) for facts in shards],
         }
         text = {name: sum(facts["text"][name] for facts in shards) for name in shards[0]["text"]}
         merged[split] = MergedSplit(index, text)
@@ -170,12 +168,21 @@ def is_finished(task: UnitTask[Any]) -> bool:
     """Tell whether an earlier preparation left this unit complete, by the bytes of its shards."""
     if not task.facts.exists():
         return False
-    for split, part in json.loads(task.facts.read_bytes()).items():
-        shard = part["facts"]["shard"]
-        path = task.folder / split / shard["url"]
-        if not path.exists() or digest_file(path) != shard["digest"]:
-            return False
-    return True
+    return all(
+        has_shard(task.folder / split, part["facts"])
+        for split, part in json.loads(task.facts.read_bytes()).items()
+    )
+
+
+def has_shard(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Tell whether a folder holds the shard that facts, `ShardFacts` as JSON, were noted of."""
+    path = folder / facts["shard"]["url"]
+    return path.exists() and digest_file(path) == facts["shard"]["digest"]
+
+
+def load_facts(facts: Mapping[str, Any]) -> ShardFacts:
+    """Give facts of a shard as they were before they became JSON."""
+    return ShardFacts(**{**facts, "shard": Shard(**facts["shard"])})
 
 
 def write_facts(task: UnitTask[Any], facts: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ class ShardWriter:
         """Close the temporary file, and remove it after an error."""
         if kind is not None:
             self._file.close()
-            self._temporary.unlink()
+            self._temporary.unlink(missing_ok=True)  # of several writers this one may be done
 
     def write(self, length: int, members: dict[str, NDArray | bytes], key: str = "") -> None:
         """Append a sample.

@@ -14,6 +14,7 @@ FREE_KEYS = (
     "logger", "runs_dir", "data_dir",
     "corpus.path", "corpus.sources.*.path", "corpus.num_processes", "corpus.storage_options",
     "corpus.train", "corpus.val", "corpus.test",  # paths, of pairs
+    "corpus.val_path", "corpus.test_path",  # of images
     "data.path", "data.settings", "data.sources.*.path",
     "module.preview", "module.generation", "module.scores", "module.pictures",  # of evaluations
     "checkpoint", "checkpoints", "resume", "plan",
