@@ -46,14 +46,23 @@ class PairBatch(TypedDict):
 
 
 class ImageBatch(TypedDict):
-    """Images for a GAN, as they are stored: 0 is black, 255 white or a full colour.
-
-    `keys` are what all that is random about an image in this epoch is a function of: noise and
-    augmentation drawn from them are the same on any number of ranks and after any resume. Rows that
-    only pad the last batch of an evaluation are not `counted`.
-    """
+    """Images for a GAN, as they are stored: 0 is black, 255 white or a full colour."""
 
     images: Tensor  # uint8 [B, C, H, W]
     labels: NotRequired[Tensor]  # int64 [B], where the data has any
-    keys: NotRequired[Tensor]  # int64 [B], in training
-    counted: NotRequired[Tensor]  # bool [B], in evaluation
+
+
+class KeyedImageBatch(ImageBatch):
+    """Images in training, each with a key that all is a function of that is random about it.
+
+    Noise and augmentation drawn from keys are the same on any number of ranks and after any resume;
+    in another epoch an image has another key.
+    """
+
+    keys: Tensor  # int64 [B]
+
+
+class CountedImageBatch(ImageBatch):
+    """Images in evaluation; those that only pad the last batch do not count."""
+
+    counted: Tensor  # bool [B]

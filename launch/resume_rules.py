@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 # On resume these may change; any other difference stops the run and is listed.
 FREE_KEYS = (
     "trainer.devices", "trainer.accelerator", "cluster", "strategy", "micro_batch",
-    "activation_checkpointing", "trainer.timeout_s", "trainer.guard", "trainer.pictures_every_images",
-    "datamodule.num_workers",
+    "activation_checkpointing", "trainer.timeout_s", "trainer.guard",
+    "trainer.pictures_every_images", "datamodule.num_workers",
     "datamodule.on_bad_sample", "datamodule.max_bad_samples", "datamodule.cache",
     "logger", "runs_dir", "data_dir",
     "corpus.path", "corpus.sources.*.path", "corpus.num_processes", "corpus.storage_options",

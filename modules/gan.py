@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datamodules.batch import ImageBatch
+from datamodules.batch import KeyedImageBatch
 from modules.gan_augmentation import Augmentation
 from modules.gan_average import NOISE, MovingAverage, to_floats
 from modules.gan_evaluation import EvaluatedGAN
@@ -20,6 +20,7 @@ from modules.gan_losses import interpolate
 from modules.gan_networks import build_networks
 from modules.gan_objective import Judged, Objective
 from modules.gan_optimization import Rates
+from modules.gan_pictures import check_pictures
 from modules.gan_scores import ImageScores
 from modules.keyed_draws import normal
 
@@ -40,9 +41,9 @@ class Purpose(IntEnum):
 class GAN(EvaluatedGAN):
     """Generative adversarial network (Goodfellow et al. 2014, arXiv 1406.2661).
 
-    Reads `ImageBatch`. A training step is a round: an update of the discriminator, where penalties
-    are lazy and due one more of it, and where due one of the generator; then the moving average of
-    the generator. Returns `train/discriminator_loss`, `train/generator_loss`, `train/penalty`,
+    Reads `KeyedImageBatch`. A training step is a round: an update of the discriminator, where
+    penalties are lazy and due one more of it, and where due one of the generator; then the moving
+    average of the generator. Returns `train/discriminator_loss`, `train/generator_loss`, `train/penalty`,
     `train/real_score`, `train/fake_score` (mean logits) and `train/augmentation` (its probability);
     logs `val/` or `test/` scores of as many images of the average as there are real ones
     (`modules.gan_scores`), exact over all ranks. Everything that changes while a run trains is a
@@ -124,9 +125,8 @@ class GAN(EvaluatedGAN):
         self.objective = Objective(loss, penalty, max_images=max_images)
         settings = {key: value for key, value in optimizer.items() if key != "gradient_clip"}
         self.rates = Rates(**settings, lazy_steps=self.objective.lazy_steps, max_images=max_images)
-        self.scores = ImageScores(
-            **scores, channels=channels, resolution=resolution, num_classes=num_classes, seed=seed
-        )
+        self.scores = ImageScores(**scores)
+        check_pictures(pictures)
         self.picture_settings, self.batch_norm, self.seed = dict(pictures), batch_norm, seed
         self._report: dict[str, tuple[Tensor, int]] = {}
 
@@ -151,7 +151,7 @@ class GAN(EvaluatedGAN):
         """Let batch norm see the images of all ranks, where torch can: on CUDA."""
         is_cuda = self.trainer.strategy.root_device.type == "cuda"
         if self.batch_norm == SYNCED and is_cuda and self.trainer.world_size > 1:
-            convert = nn.SyncBatchNorm.convert_sync_batchnorm
+            convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
             self.generator = convert(self.generator)
             self.discriminator = convert(self.discriminator)
 
@@ -161,7 +161,7 @@ class GAN(EvaluatedGAN):
 
     # -- training -------------------------------------------------------------------------------
 
-    def training_step(self, batches: list[ImageBatch], batch_idx: int) -> dict[str, Any]:
+    def training_step(self, batches: list[KeyedImageBatch], batch_idx: int) -> dict[str, Any]:
         """Make a round of updates.
 
         Args:
@@ -173,7 +173,8 @@ class GAN(EvaluatedGAN):
         """
         step, images = self.global_step, self.global_step * self.batch_images
         objective, self._report = self.objective, {}
-        self.rates.set(dict(zip(self.parts, self.optimizers(), strict=True)), images)  # type: ignore
+        optimizers: Any = self.optimizers()
+        self.rates.set(dict(zip(self.parts, optimizers, strict=True)), images)
         self.discriminator.refresh()
         trains_generator = (step + 1) % objective.generator_every == 0
         shared = None
@@ -184,14 +185,13 @@ class GAN(EvaluatedGAN):
             self._update("discriminator", batches, partial(self._penalty_terms, images))
         if trains_generator:
             self._update("generator", batches, partial(self._generator_terms, shared))
-        strategy: Any = self.trainer.strategy
-        weights = strategy.whole_parameters("generator")
+        weights = self.trainer.strategy.whole_parameters("generator")  # type: ignore[attr-defined]
         self.ema.follow(images, weights, self.generator.named_buffers())
         self._adjust_augmentation(step + 1, images + self.batch_images)
         return self._report
 
     def _update(
-        self, part: str, batches: list[ImageBatch], terms: Callable[[ImageBatch], Tensor]
+        self, part: str, batches: list[KeyedImageBatch], terms: Callable[[KeyedImageBatch], Tensor]
     ) -> None:
         """One step of a part by all terms of its phase, [B] for a micro-batch, summed."""
         optimizer = self.optimizers()[list(self.parts).index(part)]  # type: ignore[index]
@@ -205,20 +205,22 @@ class GAN(EvaluatedGAN):
         """Freeze the other part; exchange gradients after the last micro-batch."""
         return optimizer.toggle_model(sync_grad=is_last)
 
-    def fakes(self, batch: ImageBatch, purpose: Purpose) -> Tensor:
+    def fakes(self, batch: KeyedImageBatch, purpose: Purpose) -> Tensor:
         """Images of the generator [B, C, H, W] from noise keyed by the batch's images."""
-        noise = normal(batch["keys"], purpose, self.generator.noise_size)
+        noise = normal(batch["keys"], purpose, self.ema.noise_size)
         return self.generator(noise, self._labels(batch))
 
-    def judge(self, images: Tensor, batch: ImageBatch, purpose: Purpose) -> Tensor:
+    def judge(self, images: Tensor, batch: KeyedImageBatch, purpose: Purpose) -> Tensor:
         """Logits of the discriminator for augmented images; fp32 [B]."""
         augmented = self.augmentation(images, batch["keys"], purpose)
         return self.discriminator(augmented, self._labels(batch)).float()
 
-    def _labels(self, batch: ImageBatch) -> Tensor | None:
-        return None if self.num_classes is None else batch["labels"]
+    def _labels(self, batch: KeyedImageBatch) -> Tensor | None:
+        return None if self.num_classes is None else batch.get("labels")
 
-    def _discriminator_terms(self, shared: Tensor | None, images: int, batch: ImageBatch) -> Tensor:
+    def _discriminator_terms(
+        self, shared: Tensor | None, images: int, batch: KeyedImageBatch
+    ) -> Tensor:
         penalised = () if self.objective.is_lazy else self.objective.penalised
         fakes = self._detached_fakes(batch) if shared is None else shared.detach()
         with self._full_precision(bool(penalised)):
@@ -230,7 +232,7 @@ class GAN(EvaluatedGAN):
             self._note(real_sign=margin.sign())
             return terms + self._penalty(images, batch, real, fake) if penalised else terms
 
-    def _penalty_terms(self, images: int, batch: ImageBatch) -> Tensor:
+    def _penalty_terms(self, images: int, batch: KeyedImageBatch) -> Tensor:
         fakes = self._detached_fakes(batch)
         with self._full_precision():
             real, fake = self._judge_both(batch, fakes, self.objective.penalised)
@@ -238,7 +240,7 @@ class GAN(EvaluatedGAN):
         # Every parameter has a gradient, of 0 where none is penalised: ranks exchange all of them.
         return self.objective.every_steps * penalty + 0 * (real.logits + fake.logits)
 
-    def _generator_terms(self, shared: Tensor | None, batch: ImageBatch) -> Tensor:
+    def _generator_terms(self, shared: Tensor | None, batch: KeyedImageBatch) -> Tensor:
         purpose = Purpose.NOISE if self.objective.one_noise else Purpose.FRESH_NOISE
         fake = self.fakes(batch, purpose) if shared is None else shared
         real_logits = None
@@ -249,12 +251,12 @@ class GAN(EvaluatedGAN):
         self._note(generator_loss=terms)
         return terms
 
-    def _detached_fakes(self, batch: ImageBatch) -> Tensor:
+    def _detached_fakes(self, batch: KeyedImageBatch) -> Tensor:
         with torch.no_grad():
             return self.fakes(batch, Purpose.NOISE)
 
     def _judge_both(
-        self, batch: ImageBatch, fakes: Tensor, penalised: Sequence[str]
+        self, batch: KeyedImageBatch, fakes: Tensor, penalised: Sequence[str]
     ) -> tuple[Judged, Judged]:
         """Real images and fakes with their logits; they require gradients where penalised."""
         real = to_floats(batch["images"]).requires_grad_("r1" in penalised)
@@ -269,7 +271,7 @@ class GAN(EvaluatedGAN):
             logits = self.discriminator(torch.cat(shown), twice).float().chunk(2)
         return Judged(real, logits[0]), Judged(fake, logits[1])
 
-    def _penalty(self, images: int, batch: ImageBatch, real: Judged, fake: Judged) -> Tensor:
+    def _penalty(self, images: int, batch: KeyedImageBatch, real: Judged, fake: Judged) -> Tensor:
         def between() -> Judged:
             mixed = interpolate(real.images, fake.images, batch["keys"], Purpose.INTERPOLATION)
             mixed = mixed.detach().requires_grad_()

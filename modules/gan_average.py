@@ -4,21 +4,18 @@ Legend: B images, C channels, H rows, W columns, Z numbers of noise.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from modules.gan_pictures import draw_all
+from modules.gan_pictures import cycle_labels, draw_all, generate
 from modules.keyed_draws import evaluation_keys, normal
 from modules.ramps import Ramp
 
 NOISE = 1  # purpose of draws; `modules.gan.Purpose` has the others
-_AT_ONCE = 64  # images of `synthesize`
-_FEWEST, _FIXED = 0, 1  # seeds beside the run's: of scores and requests, of pictures
 
 
 class MovingAverage(nn.Module):
@@ -87,24 +84,17 @@ class MovingAverage(nn.Module):
         for name, value in buffers:
             self.network.get_buffer(name).copy_(value)
 
-    @torch.no_grad()
     def imagine(self, keys: Tensor, labels: Tensor | None, truncation: float = 1.0) -> Tensor:
         """Make images, uint8 [B, C, H, W], of keys int64 [B] and labels int64 [B].
 
         Noise is scaled by `truncation`: below 1 images are more typical and vary less.
         """
-        noise = normal(keys, NOISE, self.noise_size)
-        return to_bytes(self.network(truncation * noise, labels))
+        return generate(self.network, truncation * normal(keys, NOISE, self.noise_size), labels)
 
     def synthesize(
-        self,
-        num_images: int,
-        *,
-        seed: int,
-        truncation: float = 1.0,
-        classes: Sequence[int] | None = None,
+        self, num_images: int, *, seed: int, truncation: float, classes: list[int] | None
     ) -> Tensor:
-        """Make images, uint8 [n, C, H, W] on the CPU.
+        """Make images, uint8 [n, C, H, W].
 
         Args:
             num_images: n.
@@ -115,12 +105,9 @@ class MovingAverage(nn.Module):
         Raises:
             ValueError: There is no such class, or there are none.
         """
-        labels, made = self._labels(num_images, classes), []
-        for start in range(0, num_images, _AT_ONCE):
-            numbers = torch.arange(start, min(start + _AT_ONCE, num_images), device=self._device)
-            own = None if labels is None else labels[numbers]
-            made.append(self.imagine(evaluation_keys(seed, numbers), own, truncation).cpu())
-        return torch.cat(made)
+        numbers = torch.arange(num_images, device=self._device)
+        labels = cycle_labels(num_images, self.num_classes, numbers, classes)
+        return self.imagine(evaluation_keys(seed, numbers), labels, truncation)
 
     def pictures(
         self, settings: Mapping[str, Any], real: Callable[[], Tensor]
@@ -137,30 +124,17 @@ class MovingAverage(nn.Module):
             keys = evaluation_keys(self.seed, torch.arange(count, device=self._device))
             return normal(keys, NOISE, self.noise_size)
 
-        return partial(
-            draw_all,
-            network,
-            settings=settings,
-            noise=noise,
-            num_classes=self.num_classes,
-            real=real,
-        )
-
-    def _labels(self, count: int, classes: Sequence[int] | None) -> Tensor | None:
-        if self.num_classes is None:
-            if classes is not None:
-                raise ValueError(
-                    f"classes={list(classes)} -> the generator knows none -> leave it out, or "
-                    "train with module.conditional=true"
-                )
-            return None
-        chosen = list(range(self.num_classes)) if classes is None else list(classes)
-        if wrong := [each for each in chosen if not 0 <= each < self.num_classes]:
-            raise ValueError(
-                f"classes={chosen} -> {wrong[0]} is none of the generator's {self.num_classes} -> "
-                f"use 0 to {self.num_classes - 1}"
+        def draw() -> dict[str, NDArray]:
+            has_neighbours = settings.get("neighbours") is not None
+            return draw_all(
+                network,
+                settings=settings,
+                noise=noise,
+                num_classes=self.num_classes,
+                real=real() if has_neighbours else None,
             )
-        return torch.tensor(chosen, device=self._device).repeat(-(-count // len(chosen)))[:count]
+
+        return draw
 
     @property
     def _device(self) -> torch.device:
@@ -180,8 +154,3 @@ def as_buffers(network: nn.Module) -> nn.Module:
 def to_floats(images: Tensor) -> Tensor:
     """From uint8, 0 to 255, to fp32, -1 to 1."""
     return images.float() / 127.5 - 1
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """From -1 to 1, and what passes it, to uint8."""
-    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)

@@ -8,10 +8,14 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from datamodules.batch import ImageBatch
+from datamodules.batch import CountedImageBatch
 from modules.gan_average import MovingAverage
+from modules.gan_layers import Network
+from modules.gan_pictures import tile
 from modules.gan_scores import ImageScores
 from modules.keyed_draws import evaluation_keys
+
+_NEIGHBOURS_AMONG = 4096  # training images
 
 
 class EvaluatedGAN(LightningModule):
@@ -26,33 +30,39 @@ class EvaluatedGAN(LightningModule):
         seed: Of what is drawn.
     """
 
-    generator: nn.Module
+    generator: Network
     ema: MovingAverage
     scores: ImageScores
     picture_settings: Mapping[str, Any]
     num_classes: int | None
     seed: int
+    _neighbours: Tensor | None = None
 
     def on_validation_start(self) -> None:
         """Have features to compare by, trained on the spot where none are given."""
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.scores.prepare(partial(datamodule.some, "train"), self.trainer.strategy.broadcast)
+        self._prepare_scores("val")
 
     def on_test_start(self) -> None:
         """As `on_validation_start`."""
-        self.on_validation_start()
+        self._prepare_scores("test")
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+    def _prepare_scores(self, split: Literal["val", "test"]) -> None:
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        sample = partial(datamodule.some, "train")
+        self.scores.prepare(split, sample, self.trainer.strategy.broadcast)
+
+    def validation_step(self, batch: CountedImageBatch, batch_idx: int) -> None:
         """Compare real images with as many of the average's, the same on any number of ranks."""
         world_size, rank = self.trainer.world_size, self.trainer.global_rank
         counted, rows = batch["counted"], torch.arange(len(batch["images"]), device=self.device)
         positions = (batch_idx * len(rows) + rows) * world_size + rank
-        labels = None if self.num_classes is None else batch["labels"][counted]
+        labels = None if self.num_classes is None else batch.get("labels")
+        labels = None if labels is None else labels[counted]
         keys = evaluation_keys(self.seed, positions[counted])
         self.scores.update(batch["images"][counted], is_real=True)
         self.scores.update(self.ema.imagine(keys, labels), is_real=False)
 
-    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+    def test_step(self, batch: CountedImageBatch, batch_idx: int) -> None:
         """As `validation_step`."""
         self.validation_step(batch, batch_idx)
 
@@ -73,12 +83,29 @@ class EvaluatedGAN(LightningModule):
 
     def pictures(self) -> Callable[[], dict[str, Any]]:
         """Give what draws pictures of the average as it is now, on any thread."""
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        return self.ema.pictures(self.picture_settings, partial(datamodule.some, "train"))
+        return self.ema.pictures(self.picture_settings, self._real_images)
+
+    def _real_images(self) -> Tensor:
+        """Training images among which neighbours are looked for, read once."""
+        images = self._neighbours
+        if images is None:
+            datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            images, _ = datamodule.some("train", _NEIGHBOURS_AMONG)
+            self._neighbours = images
+        return images
 
     def synthesize(self, num_images: int, **settings: Any) -> Tensor:
         """Make images of the average, as `MovingAverage.synthesize`."""
         return self.ema.synthesize(num_images, **settings)
+
+    def tile(self, images: Tensor) -> Any:
+        """Lay images, uint8 [n, C, H, W], out as a picture, uint8 [height, width, 3]."""
+        return tile(images)
+
+    @property
+    def generated(self) -> ImageScores:
+        """How scores were computed, for whoever reports them."""
+        return self.scores
 
     @property
     def exports(self) -> dict[str, nn.Module]:

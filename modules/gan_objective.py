@@ -1,4 +1,4 @@
-"""What a GAN minimises in the phases of a round: adversarial losses, and penalties of a gradient."""
+"""What a GAN minimises in the phases of a round: adversarial losses, penalties of a gradient."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -13,6 +13,7 @@ from lightning.pytorch.profilers import Profiler
 from trainers.activation_checkpointing import ActivationCheckpointing
 from trainers.batch_plan import in_steps
 from trainers.callbacks.checkpointing import Checkpointing
+from trainers.callbacks.pictures import Pictures
 from trainers.callbacks.preemption import Preemption
 from trainers.callbacks.previews import Previews
 from trainers.callbacks.progress import ProgressBar
@@ -105,6 +106,11 @@ def build_trainer(
             guard,
             metrics,  # before anything is saved: what is saved has its row
             Previews(directory / "samples"),
+            Pictures(
+                directory / "samples",
+                every_samples=options["pictures_every_images"],
+                batch_samples=plan["batch_samples"],
+            ),
             checkpointing,
             ProgressBar(metrics, monitor=saves["monitor"]),
             Preemption(checkpointing, vote),

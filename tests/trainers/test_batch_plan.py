@@ -4,9 +4,9 @@ import pytest
 
 from trainers.batch_plan import give_whole_steps, grad_accum, in_steps, plan_run
 
+UNITS = ("tokens", "samples", "images")
 NOTHING = dict.fromkeys(
-    ("batch_tokens", "batch_samples", "batch_images", "max_tokens", "max_samples", "max_images")
-    + ("max_steps", "micro_batch")
+    [f"{what}_{unit}" for what in ("batch", "max") for unit in UNITS] + ["max_steps", "micro_batch"]
 )
 
 

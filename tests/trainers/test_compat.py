@@ -43,7 +43,7 @@ BROKEN = {
     ),
     "_recomputation_of_nothing": (["activation_checkpointing=full"], 1, BARE, "no `blocks`"),
     "_parts_left_to_lightning": ([], 1, NAIVE, "discriminator, generator"),
-    "_images_of_none": (["trainer.val_every_images=100"], 1, None, "no images -> use trainer.val_ev"),
+    "_images_of_none": (["trainer.val_every_images=100"], 1, None, "use trainer.val_every_steps"),
     "_clip_of_other_parts": (
         ["module.optimizer.gradient_clip={critic: 1}"], 1, TWO, "of critic -> the module's parts"
     ),

@@ -147,7 +147,9 @@ class StepGuard(Callback):
         else:
             what = f"the gradient{name} is not finite at step {judged.step}, while the loss is"
         if self.nonfinite == "stop" and (ranks or not (is_finite or self._scales_loss)):
-            raise self._diverged("trainer.guard.nonfinite=stop", what, "trainer.guard.nonfinite=skip")
+            raise self._diverged(
+                "trainer.guard.nonfinite=stop", what, "trainer.guard.nonfinite=skip"
+            )
         if jump is not None:
             loss, usual = jump
             what = f"the loss{name} at step {judged.step} is {loss:.4g}, where {usual:.4g} is usual"
