@@ -1,6 +1,7 @@
 """What a run says at its end."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,23 @@ def summarize(run: RunDirectory, trainer: Any) -> dict[str, Any]:
 
     Returns:
         `step`, `samples`, `tokens`, the last `val/*` metrics, `tokens_per_s` (mean over this
-        launch's training time; None where it trained nothing; `samples_per_s` where samples have
-        no fixed number of tokens), `signatures` of scores, and paths; of a module that draws
-        `pictures` those of the last and of the best checkpoint's grid, where there are any.
+        launch's training time; None where it trained nothing), `signatures` of scores, and paths;
+        of a module that draws `pictures` those of the last and of the best checkpoint's grid, where
+        there are any. In place of `tokens` it is `images`, or `samples` where they have no fixed
+        number of tokens.
     """
     from trainers.callbacks.step_metrics import StepMetrics
     from trainers.metrics import plot_losses, read_metrics
 
     rows = read_metrics(run.path / "metrics.jsonl")
-    plot_losses(rows, run.path / "losses.png", title=run.path.name)
+    monitor = run.config.checkpoints.monitor
+    plot_losses(rows, run.path / "losses.png", title=run.path.name, monitor=monitor)
     last = {key: value for row in rows for key, value in row.items() if key.startswith("val/")}
     metrics = next(c for c in trainer.callbacks if isinstance(c, StepMetrics))
     generated = getattr(trainer.lightning_module, "generated", None)
     checkpoint = run.find_checkpoint("last")
-    unit = "tokens" if "tokens" in rows[-1] else "samples"
-    speed = metrics.samples_per_s * (metrics.tokens_per_sample if unit == "tokens" else 1)
+    unit = _unit(rows[-1])
+    speed = metrics.samples_per_s * metrics.tokens_per_sample
     samples = run.path / "samples" / f"{checkpoint.name}.jsonl" if checkpoint else None
     return {
         **{key: rows[-1][key] for key in ("step", "samples", unit)},
@@ -71,17 +74,21 @@ def print_summary(run: RunDirectory) -> None:
     if sample := _last_sample(summary["samples_file"]):
         console.print(Panel(Text(sample), title="a sample", expand=False))
     lines = {"run": f"{run.path.name}: done"}
-    unit = "tokens" if "tokens" in summary else "samples"
-    name = "images" if "pictures" in summary else unit
-    lines["trained"] = f"{summary['step']:,} steps, {summary[unit]:,} {name}"
+    unit = _unit(summary)
+    lines["trained"] = f"{summary['step']:,} steps, {summary[unit]:,} {unit}"
     lines |= {key: f"{summary[key]:.4f}" for key in sorted(summary) if key.startswith("val/")}
     lines |= {f"{key} is": value for key, value in summary.get("signatures", {}).items()}
     if speed := summary[f"{unit}_per_s"]:
-        lines[f"{name}/s"] = f"{speed:,.0f}"
+        lines[f"{unit}/s"] = f"{speed:,.0f}"
     lines |= {title: path for title, key in PATHS.items() if (path := summary.get(key))}
     for title, value in lines.items():
         console.print(f"[bold]{title:20}[/bold]", end="")
         console.print(value, markup=False, highlight=False, soft_wrap=True)
+
+
+def _unit(row: Mapping[str, Any]) -> str:
+    """What a run's progress is counted in."""
+    return next(unit for unit in ("tokens", "images", "samples") if unit in row)
 
 
 def _last_sample(path: str | None) -> str | None:
