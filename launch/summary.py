@@ -1,6 +1,7 @@
 """What a run says at its end."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,27 @@ def summarize(run: RunDirectory, trainer: Any) -> dict[str, Any]:
     """Collect a finished run's report and draw its losses; reads `metrics.jsonl` and `samples/`.
 
     Returns:
-        `step`, `samples`, the `unit` that progress is counted in (tokens, images, or samples) and
-        their number, the last `val/*` metrics, `<unit>_per_s` (mean over this launch's training
-        time; None where it trained nothing), `signatures` of scores, and paths; of a module that
-        draws `pictures` those of the last and of the best checkpoint's grid, where there are any.
+        `step`, `samples`, `tokens`, the last `val/*` metrics, `tokens_per_s` (mean over this
+        launch's training time; None where it trained nothing), `signatures` of scores, and paths;
+        of a module that draws `pictures` those of the last and of the best checkpoint's grid, where
+        there are any. In place of `tokens` it is `images`, or `samples` where they have no fixed
+        number of tokens.
     """
     from trainers.callbacks.step_metrics import StepMetrics
     from trainers.metrics import plot_losses, read_metrics
 
     rows = read_metrics(run.path / "metrics.jsonl")
-    monitor = str(run.config.checkpoints.monitor)
+    monitor = run.config.checkpoints.monitor
     plot_losses(rows, run.path / "losses.png", title=run.path.name, monitor=monitor)
     last = {key: value for row in rows for key, value in row.items() if key.startswith("val/")}
     metrics = next(c for c in trainer.callbacks if isinstance(c, StepMetrics))
     generated = getattr(trainer.lightning_module, "generated", None)
     checkpoint = run.find_checkpoint("last")
-    unit, speed = metrics.unit, metrics.samples_per_s * metrics.tokens_per_sample
+    unit = _unit(rows[-1])
+    speed = metrics.samples_per_s * metrics.tokens_per_sample
     samples = run.path / "samples" / f"{checkpoint.name}.jsonl" if checkpoint else None
     return {
         **{key: rows[-1][key] for key in ("step", "samples", unit)},
-        "unit": unit,
         **last,
         f"{unit}_per_s": speed if metrics.total_seconds else None,
         "checkpoint": str(checkpoint),
@@ -72,8 +74,7 @@ def print_summary(run: RunDirectory) -> None:
     if sample := _last_sample(summary["samples_file"]):
         console.print(Panel(Text(sample), title="a sample", expand=False))
     lines = {"run": f"{run.path.name}: done"}
-    # Runs of earlier versions did not say it.
-    unit = summary.get("unit", "tokens" if "tokens" in summary else "samples")
+    unit = _unit(summary)
     lines["trained"] = f"{summary['step']:,} steps, {summary[unit]:,} {unit}"
     lines |= {key: f"{summary[key]:.4f}" for key in sorted(summary) if key.startswith("val/")}
     lines |= {f"{key} is": value for key, value in summary.get("signatures", {}).items()}
@@ -83,6 +84,11 @@ def print_summary(run: RunDirectory) -> None:
     for title, value in lines.items():
         console.print(f"[bold]{title:20}[/bold]", end="")
         console.print(value, markup=False, highlight=False, soft_wrap=True)
+
+
+def _unit(row: Mapping[str, Any]) -> str:
+    """What a run's progress is counted in."""
+    return next(unit for unit in ("tokens", "images", "samples") if unit in row)
 
 
 def _last_sample(path: str | None) -> str | None:
