@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
+from benchmarks.gan_cells import COMMON, GANS, write_images
 from launch.run_directory import RunDirectory
 from launch.train import complete
 from trainers.metrics import read_metrics
@@ -39,12 +40,34 @@ VARIANTS = {
 }
 
 
+_CONSTANT = "module.schedule={name: constant, final_lr_fraction: null, warmup_samples: 0}"
+_OF_TEXT = [
+    "experiment=gpt_char_cpu",
+    "datamodule.sequence_length=16",
+    "module.network={num_layers: 2, num_heads: 2, width: 32, dropout: 0.0}",
+    "module.preview.max_new_tokens=1",
+    _CONSTANT,
+]
+_OF_PAIRS = [
+    "experiment=translation_small",
+    "max_samples=null",
+    "corpus.tokenizer=char",
+    "corpus.lowercase=false",
+    "corpus.min_frequency=null",
+    "corpus.joint_vocabulary=true",
+    "module.scores.names=[]",
+    "module.generation.max_new_tokens=12",
+    "datamodule.eval_pairs=2",
+    _CONSTANT,
+]
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run of the matrix.
 
     Attributes:
-        module: `gpt`, one of `VARIANTS` of it, one of `PAIRS`, or `two_networks`.
+        module: `gpt`, one of `VARIANTS` of it, one of `PAIRS`, one of `GANS`, or `two_networks`.
         strategy: As `strategy=`.
         precision: As `precision=`.
         recompute: As `activation_checkpointing=`.
@@ -97,7 +120,9 @@ class Outcome:
 
 def configure(cell: Cell, folder: Path, ranks: int, accelerator: str) -> DictConfig:
     """Compose and complete the configuration of a cell."""
-    config = copy.deepcopy(_composed(cell.strategy, PAIRS.get(cell.module)))
+    config = copy.deepcopy(
+        _composed(cell.strategy, cell.module if cell.module in (*PAIRS, *GANS) else "text")
+    )
     settings = {
         "seed": cell.seed,
         "precision": cell.precision,
@@ -114,7 +139,9 @@ def configure(cell: Cell, folder: Path, ranks: int, accelerator: str) -> DictCon
         "module.optimizer.name": cell.optimizer,
         "module.optimizer.lr": 0.1 if cell.optimizer in ("sgd", "adamw") else 0.02,
     }
-    if cell.module in PAIRS:
+    if cell.module in GANS:
+        settings |= {"corpus.path": str(folder / "images"), "module.optimizer.lr": 0.02}
+    elif cell.module in PAIRS:
         settings |= {f"corpus.train.{side}": str(folder / side) for side in ("source", "target")}
     else:
         settings["corpus.path"] = str(folder / "text.txt")
@@ -136,8 +163,13 @@ def configure(cell: Cell, folder: Path, ranks: int, accelerator: str) -> DictCon
 
 
 @cache
-def _composed(strategy: str, pairs: str | None) -> DictConfig:
+def _composed(strategy: str, module: str) -> DictConfig:
     """What the cells of a strategy have in common; composing takes longer than some of them."""
+    own = _OF_TEXT
+    if module in PAIRS:
+        own = [*_OF_PAIRS, f"module={{preset: {PAIRS[module]}}}"]
+    elif module in GANS:
+        own = [*COMMON, *GANS[module]]
     overrides = [
         f"strategy={strategy}",
         "trainer.timeout_s=120",
@@ -147,28 +179,9 @@ def _composed(strategy: str, pairs: str | None) -> DictConfig:
         "batch_samples=8",
         f"max_steps={STEPS}",
         "module.optimizer.gradient_clip=0.5",
-        "module.schedule={name: constant, final_lr_fraction: null, warmup_samples: 0}",
-    ]
-    of_text = [
-        "experiment=gpt_char_cpu",
-        "datamodule.sequence_length=16",
-        "module.network={num_layers: 2, num_heads: 2, width: 32, dropout: 0.0}",
-        "module.preview.max_new_tokens=1",
-    ]
-    of_pairs = [
-        "experiment=translation_small",
-        "max_samples=null",
-        "corpus.tokenizer=char",
-        "corpus.lowercase=false",
-        "corpus.min_frequency=null",
-        "corpus.joint_vocabulary=true",
-        f"module={{preset: {pairs}}}",
-        "module.scores.names=[]",
-        "module.generation.max_new_tokens=12",
-        "datamodule.eval_pairs=2",
     ]
     with hydra.initialize_config_module("conf", version_base=None):
-        return hydra.compose("train", [*(of_pairs if pairs else of_text), *overrides])
+        return hydra.compose("train", [*own, *overrides])
 
 
 def _use_two_networks(config: DictConfig, cell: Cell) -> None:
@@ -204,13 +217,14 @@ def _train(cells: list[Cell], folder: Path, ranks: int) -> None:
 
 
 def write_text(folder: Path) -> None:
-    """Write what all cells train on: text, and pairs of very different lengths."""
+    """Write what all cells train on: text, pairs of very different lengths, images of two kinds."""
     lines = (f"{i * i} little {i % 7} boats on {i % 11} seas.\n" for i in range(3000))
     (folder / "text.txt").write_text("".join(lines))
     names = "red green blue sea boat wind".split()  # noqa: SIM905
     words = [[names[(i * i + 3 * k) % 6] for k in range(1 + i % 7)] + [str(i)] for i in range(400)]
     (folder / "source").write_text("".join(" ".join(line) + "\n" for line in words))
     (folder / "target").write_text("".join(" ".join(line[::-2]) + "\n" for line in words))
+    write_images(folder / "images")
 
 
 def start_ranks(program: str, arguments: list[str], ranks: int) -> None:
@@ -247,7 +261,12 @@ def read_outcome(run: Path) -> Outcome:
     if (error := run / "error.txt").exists():
         return Outcome(torch.tensor([]), {}, error.read_text())
     rows = read_metrics(run / "metrics.jsonl")
-    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    losses = [
+        row[key]
+        for row in rows
+        for key in sorted(row)
+        if key.startswith("train/") and key.endswith(("loss", "penalty"))
+    ]
     weights = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "weights.safetensors")
     num_skipped = max(row.get("train/skipped_steps", 0) for row in rows)
     noted = run / "exchanged.json"

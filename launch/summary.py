@@ -82,7 +82,7 @@ def print_summary(run: RunDirectory) -> None:
         lines[f"{unit}/s"] = f"{speed:,.0f}"
     lines |= {title: path for title, key in PATHS.items() if (path := summary.get(key))}
     for title, value in lines.items():
-        console.print(f"[bold]{title:20}[/bold]", end="")
+        console.print(f"[bold]{title:24}[/bold]", end="")
         console.print(value, markup=False, highlight=False, soft_wrap=True)
 
 

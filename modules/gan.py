@@ -43,11 +43,12 @@ class GAN(EvaluatedGAN):
 
     Reads `KeyedImageBatch`. A training step is a round: an update of the discriminator, where
     penalties are lazy and due one more of it, and where due one of the generator; then the moving
-    average of the generator. Returns `train/discriminator_loss`, `train/generator_loss`, `train/penalty`,
-    `train/real_score`, `train/fake_score` (mean logits) and `train/augmentation` (its probability);
-    logs `val/` or `test/` scores of as many images of the average as there are real ones
-    (`modules.gan_scores`), exact over all ranks. Everything that changes while a run trains is a
-    function of the number of images that the discriminator has seen.
+    average of the generator. Returns `train/discriminator_loss`, `train/generator_loss`,
+    `train/penalty`, `train/real_score`, `train/fake_score` (mean logits), `train/real_sign`, by
+    which adaptive augmentation goes, and its probability, `train/augmentation`. Logs under `val/`
+    or `test/` scores of as many images of the average as there are real ones
+    (`modules.gan_evaluation`). Everything that changes while a run trains is a function of the
+    number of images that the discriminator has seen.
 
     Args:
         preset: A name of `modules.gan_presets.PRESETS`.
@@ -298,4 +299,6 @@ class GAN(EvaluatedGAN):
             signs, _ = self._report["train/real_sign"]
             signs = self.trainer.strategy.reduce(signs.clone(), reduce_op="sum")
             self.augmentation.observe(signs, self.batch_images)  # type: ignore[arg-type]
+        if self.augmentation.is_active:
+            self._report["train/augmentation"] = (self.augmentation.probability.clone(), 1)
         self.augmentation.adjust(step, images)
