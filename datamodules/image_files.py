@@ -101,8 +101,7 @@ class ImageForm:
         return self._encode(pixels) if stored is None else stored, shape
 
     def _has_form(self, opened: Image.Image, converted: Image.Image) -> bool:
-        is_whole = getattr(opened, "n_frames", 1) == 1 and "transparency" not in opened.info
-        return opened is converted and is_whole and opened.format == self.format.upper()
+        return opened is converted and opened.format == self.format.upper()
 
     def _encode(self, image: Image.Image) -> bytes | Pixels:
         if self.format == "raw":

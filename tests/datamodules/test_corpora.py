@@ -237,7 +237,7 @@ def test_errors_name_key_value_and_remedy(
         r"corpus.shard_mb=0 -> it is a number": make_corpus(jsonl, shard_mb=0),
         r"corpus.chunk_kb=0 -> it is a number": make_corpus(jsonl, chunk_kb=0),
         r"corpus.seed=-1 -> it is a number": make_corpus(jsonl, seed=-1),
-        r"corpus.val_fraction=1e-06, .* -> no text of .* fell into val": make_corpus(
+        r"corpus.val_fraction=1e-06, .* -> nothing of .* fell into val": make_corpus(
             jsonl, val_fraction=1e-6
         ),
     }
