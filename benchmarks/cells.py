@@ -268,6 +268,7 @@ def read_outcome(run: Path) -> Outcome:
         if key.startswith("train/") and key.endswith(("loss", "penalty"))
     ]
     weights = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "weights.safetensors")
+    weights = {name: value.float() for name, value in weights.items()}
     num_skipped = max(row.get("train/skipped_steps", 0) for row in rows)
     noted = run / "exchanged.json"
     exchanged = frozenset(json.loads(noted.read_text()) if noted.exists() else ())

@@ -43,9 +43,11 @@ def complete(config: DictConfig, num_ranks: int) -> None:
     check(config, num_ranks)
     config.precision = resolve_precision(config)  # written down: another machine may choose another
     config.plan = asdict(plan_run(config, world_size=num_ranks))
-    if "_target_" in config.corpus:
+    if has_corpus := "_target_" in config.corpus:
         config.data = instantiate(config.corpus).prepare(config.data_dir).facts
-    instantiate(config.datamodule, _convert_="all")  # refuses settings that cannot be
+    datamodule = instantiate(config.datamodule, _convert_="all")  # refuses settings that cannot be
+    if has_corpus:
+        datamodule.setup("fit")  # and data that does not suit them
 
 
 def fit(run: RunDirectory, config: DictConfig) -> int:

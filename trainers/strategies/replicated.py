@@ -1,5 +1,6 @@
 """Every rank holds the whole model."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ class DataParallel(PartsStrategy):
     def distribute_optimizers(self) -> None:
         """Build the parts' reducers; values are those of rank 0."""
         super().distribute_optimizers()
+        # Kernels of one channel have several strides that mean the same.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view", UserWarning)
         device_ids = self.determine_ddp_device_ids()
         for name, part in self.parts.items():
             self.reducers[name] = DistributedDataParallel(part, device_ids=device_ids, **self.ddp)
