@@ -51,7 +51,7 @@ COMMON = [
     "datamodule.eval_images=4",
     "module.pictures={grid: {rows: 1, columns: 2}, interpolation: null, truncation: null, "
     "classes: null, neighbours: null}",
-    "module.scores.extractor.training_images=8",
+    "module.scores.extractor.training_steps=1",
     "module.ema={half_life_images: 32, ramp_up: null}",
 ]
 

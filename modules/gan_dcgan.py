@@ -191,7 +191,7 @@ class DCGANDiscriminator(Network):
         for layer in self.layers:
             x = layer(x)
         features = x.flatten(1)  # [B, F]
-        logits = self.dense(features).squeeze(1)
+        logits = self.dense(features).sum(1)  # no view: FSDP2 warns of one
         if labels is not None:
             logits = logits + (self.embedding(labels, features.dtype) * features).sum(1)
         return logits

@@ -201,7 +201,7 @@ class SNGANDiscriminator(Network):
         for layer in self.layers:
             x = layer(x)
         features = F.relu(x).sum((2, 3))  # [B, C]
-        logits = self.dense(features).squeeze(1)
+        logits = self.dense(features).sum(1)  # no view: FSDP2 warns of one
         if labels is not None:
             logits = logits + (self.embedding(labels, features.dtype) * features).sum(1)
         return logits

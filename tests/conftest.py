@@ -119,6 +119,27 @@ def small_run(text_file, data_dir, tmp_path) -> list[str]:
 
 
 @pytest.fixture
+def gan_run(data_dir, tmp_path) -> list[str]:
+    """Overrides for a GAN of digits of a few steps, without batch norm and dropout."""
+    return [
+        "experiment=gan_quickstart",
+        f"data_dir={data_dir}",
+        f"runs_dir={tmp_path / 'runs'}",
+        "run.name=digits",
+        "trainer.accelerator=cpu",
+        "trainer.log_every_steps=1",
+        "max_images=null",
+        "datamodule.num_workers=0",
+        "datamodule.val_max_samples=8",
+        "module.preset=dcgan_tiny",
+        "module.network={norm: none, dropout: 0.0, width_factor: null}",
+        "module.scores.extractor.training_steps=1",
+        "module.pictures={grid: {rows: 1, columns: 2}, interpolation: null, truncation: null, "
+        "classes: null, neighbours: null}",
+    ]
+
+
+@pytest.fixture
 def compose() -> Callable[..., DictConfig]:
     """Compose a verb's configuration as the command line does: `compose("train", overrides)`."""
 

@@ -13,6 +13,7 @@ def make(num_classes, resolution=8, seed=1):
         resolution=resolution,
         num_classes=num_classes,
         training_images=NUM_TRAINED,
+        training_steps=300,
         seed=seed,
     )
 

@@ -144,7 +144,7 @@ def test_impossible_evaluations_are_refused():
 def test_real_digits_are_nearer_to_each_other_than_to_noise():
     images, labels = digits(8)
     classifier = ClassifierFeatures(
-        channels=1, resolution=8, num_classes=10, training_images=1000, seed=1
+        channels=1, resolution=8, num_classes=10, training_images=1000, training_steps=300, seed=1
     )
     scores = ImageScores(classifier)
     found = []
