@@ -153,7 +153,7 @@ CASES = {
         "module.preset=sngan_tiny",
         "datamodule.resolution=32",
         "module.network.dropout=null",
-        f"module.optimizer.lr={RATE / 10}",  # its logits are sums over pixels
+        f"module.optimizer.lr={RATE / 100}",  # its logits are sums over pixels
     ],
     "least_squares": ["module.loss.name=least_squares", "module.penalty={r1: 1, r2: 2}"],
     "wasserstein": [
