@@ -28,7 +28,7 @@ class EvaluatedGAN(LightningModule):
         picture_settings: Of `modules.gan_pictures.draw_all`.
         num_classes: Of a conditional generator, else None.
         seed: Of what is drawn.
-        starts_anew: What `init_from` leaves alone: features to compare by are of a run's own images.
+        starts_anew: What `init_from` leaves alone: a classifier is of a run's own images.
     """
 
     generator: Network
