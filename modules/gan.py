@@ -5,7 +5,6 @@ Legend: B images of a micro-batch, C channels, H rows, W columns, Z numbers of n
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from enum import IntEnum
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from datamodules.batch import KeyedImageBatch
 from modules.gan_augmentation import Augmentation
-from modules.gan_average import NOISE, MovingAverage, to_floats
+from modules.gan_average import MovingAverage, Purpose, to_floats
 from modules.gan_evaluation import EvaluatedGAN
 from modules.gan_losses import interpolate
 from modules.gan_networks import build_networks
@@ -25,17 +24,6 @@ from modules.gan_scores import ImageScores
 from modules.keyed_draws import normal
 
 SYNCED, PER_RANK = "synced", "per_rank"
-
-
-class Purpose(IntEnum):
-    """What is drawn from the key of an image; each has numbers of its own."""
-
-    NOISE = NOISE
-    FRESH_NOISE = 2
-    REAL = 3  # augmentation, and so on
-    FAKE = 4
-    FRESH_FAKE = 5
-    INTERPOLATION = 6
 
 
 class GAN(EvaluatedGAN):

@@ -5,6 +5,7 @@ Legend: B images, C channels, H rows, W columns, Z numbers of noise.
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -15,7 +16,16 @@ from modules.gan_pictures import cycle_labels, draw_all, generate
 from modules.keyed_draws import evaluation_keys, normal
 from modules.ramps import Ramp
 
-NOISE = 1  # purpose of draws; `modules.gan.Purpose` has the others
+
+class Purpose(IntEnum):
+    """What is drawn from the key of an image; each has numbers of its own."""
+
+    NOISE = 1
+    FRESH_NOISE = 2
+    REAL = 3  # augmentation, and so on
+    FAKE = 4
+    FRESH_FAKE = 5
+    INTERPOLATION = 6
 
 
 class MovingAverage(nn.Module):
@@ -89,7 +99,9 @@ class MovingAverage(nn.Module):
 
         Noise is scaled by `truncation`: below 1 images are more typical and vary less.
         """
-        return generate(self.network, truncation * normal(keys, NOISE, self.noise_size), labels)
+        return generate(
+            self.network, truncation * normal(keys, Purpose.NOISE, self.noise_size), labels
+        )
 
     def synthesize(
         self, num_images: int, *, seed: int, truncation: float, classes: list[int] | None
@@ -122,7 +134,7 @@ class MovingAverage(nn.Module):
 
         def noise(count: int) -> Tensor:
             keys = evaluation_keys(self.seed, torch.arange(count, device=self._device))
-            return normal(keys, NOISE, self.noise_size)
+            return normal(keys, Purpose.NOISE, self.noise_size)
 
         def draw() -> dict[str, NDArray]:
             has_neighbours = settings.get("neighbours") is not None
