@@ -1,7 +1,7 @@
 """Every strategy trains as one rank does: loss curves and final weights, cell by cell.
 
     python -m benchmarks.parity ranks=2 backend=gloo [strategies=...]
-        [modules=gpt,encoder_decoder,lstm,two_networks] [precisions=fp32,bf16,fp16]
+        [modules=gpt,encoder_decoder,lstm,gan,...,two_networks] [precisions=fp32,bf16,fp16]
         [recompute=none,full,selective,every_2] [micro=null,2]
 
 Each cell is a run by the launcher's own `fit`: the same configuration on one rank under
@@ -23,7 +23,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cells import STRATEGIES, Cell, Outcome, run_cells
+from benchmarks.cells import PAIRS, STRATEGIES, Cell, Outcome, run_cells
+from benchmarks.gan_cells import GANS
 
 TOLERANCE = 1e-5
 RATIO = 1.5
@@ -119,7 +120,7 @@ def main() -> None:
     options: dict[str, Any] = {
         "ranks": 2,
         "backend": "nccl" if torch.cuda.is_available() else "gloo",
-        "modules": ["gpt", "encoder_decoder", "lstm", "two_networks"],
+        "modules": ["gpt", *PAIRS, *GANS, "two_networks"],
         "strategies": list(STRATEGIES),
         "precisions": ["fp32", "bf16", "fp16"],
         "recompute": ["none", "full"],

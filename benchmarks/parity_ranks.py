@@ -23,6 +23,8 @@ from benchmarks.two_networks import TwoNetworks
 from datamodules.batch import IGNORED, TextBatch
 from launch.run_directory import RunDirectory
 from launch.train import fit
+from modules.gan import GAN
+from modules.gan_augmentation import Augmentation
 from modules.gpt import GPT
 from trainers.strategies.parts import PartsStrategy
 from trainers.strategies.whole_state import WholeState
@@ -104,7 +106,7 @@ class PerRankMean(MaskedGPT):
         return {**step, "loss": loss}
 
 
-class Unfrozen(TwoNetworks):
+class FreezesNothing:
     """Wrong: the generator's loss leaves gradients in the discriminator, too."""
 
     @contextlib.contextmanager
@@ -112,6 +114,14 @@ class Unfrozen(TwoNetworks):
         """Freeze nothing."""
         self.stepped = optimizer.optimizer
         yield
+
+
+class Unfrozen(FreezesNothing, TwoNetworks):
+    """The two networks, wrong in that."""
+
+
+class UnfrozenGAN(FreezesNothing, GAN):
+    """A GAN, wrong in that."""
 
 
 class TwoBackwards(TwoNetworks):
@@ -174,6 +184,18 @@ def as_they_come() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def with_own_signs() -> Iterator[None]:
+    """Adapt augmentation to what one rank sees."""
+    observe = Augmentation.observe
+
+    def observe_less(augmentation: Augmentation, signs: Tensor, count: int) -> None:
+        observe(augmentation, signs / 2, count)
+
+    with mock.patch.object(Augmentation, "observe", observe_less):
+        yield
+
+
 class Exchanges(TorchDispatchMode):
     """Notes the dtypes of what ranks add up."""
 
@@ -206,6 +228,8 @@ def noting_exchanges() -> Iterator[None]:
 CONTROLS: dict[str, tuple[str | None, Callable[[], contextlib.AbstractContextManager[None]]]] = {
     "unfrozen": ("benchmarks.parity_ranks.Unfrozen", unchecked),
     "two_backwards": ("benchmarks.parity_ranks.TwoBackwards", unchecked),
+    "unfrozen_gan": ("benchmarks.parity_ranks.UnfrozenGAN", unchecked),
+    "own_signs": (None, with_own_signs),
     "no_clipping": (None, without_clipping),
     "per_rank_mean": ("benchmarks.parity_ranks.PerRankMean", contextlib.nullcontext),
     "no_reshard": (None, without_reshard),

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import parity
 from benchmarks.cells import STRATEGIES, Cell, run_cells
+from benchmarks.gan_cells import GANS
 from benchmarks.parity import (
     exact_reference,
     judge,
@@ -26,7 +27,24 @@ PAIR_CELLS = [
     *(Cell("lstm", name, micro=2) for name in ("ddp", "zero1", "zero3", "fsdp")),
     Cell("lstm", "zero2", recompute="selective", micro=2),
 ]
+# Each loss under two strategies or three, and each strategy; all of them are behind the slow mark.
+GAN_CELLS = [
+    Cell("gan", "zero3", micro=2),
+    Cell("gan", "fsdp", micro=2, recompute="full"),
+    Cell("gan_saturating", "ddp", micro=2),
+    Cell("gan_saturating", "zero2"),
+    Cell("gan_hinge", "zero3", micro=2),  # its discriminator in shards, too
+    Cell("gan_hinge", "fsdp"),
+    Cell("gan_least_squares", "zero1", micro=2),
+    Cell("gan_least_squares", "zero3"),
+    Cell("gan_wasserstein", "zero2", micro=2),
+    Cell("gan_wasserstein", "fsdp"),
+    Cell("gan_relativistic", "ddp"),
+    Cell("gan_relativistic", "zero3_offload", micro=2),
+    Cell("gan_relativistic", "zero1", "bf16"),
+]
 EQUAL = [
+    *GAN_CELLS,
     *(Cell("gpt", name, micro=None if name in ("zero1", "fsdp") else 2) for name in STRATEGIES),
     *(Cell("two_networks", name, micro=2) for name in STRATEGIES),
     Cell("two_networks", "zero3", recompute="selective"),
@@ -59,6 +77,8 @@ DIFFERENT = [
     Cell("gpt", "zero2", control="no_clipping"),
     Cell("masked", "ddp", control="per_rank_mean"),
     Cell("two_networks", "fsdp", control="no_reshard"),
+    Cell("gan", "ddp", control="unfrozen_gan"),
+    Cell("gan_relativistic", "ddp", control="own_signs"),
 ]
 # One step is left out, for the loss of one rank at it is no number.
 SKIPPED = [
@@ -78,6 +98,8 @@ REFUSED = [Cell("let_go", name) for name in ("ddp", "zero1", "zero3")]
 RESUMED = [
     *(Cell("gpt", name, "bf16", stop_at=5, optimizer="adamw") for name in STRATEGIES),
     *(Cell("two_networks", name, micro=2, stop_at=5) for name in ("zero2", "zero3", "fsdp")),
+    *(Cell("gan_relativistic", name, stop_at=5) for name in ("zero2", "fsdp")),
+    Cell("gan_saturating", "zero3", micro=2, stop_at=5),
     Cell("lstm", "zero3", "bf16", stop_at=5, optimizer="adamw"),
     *(Cell("two_networks", name, "fp16", stop_at=5) for name in ("ddp", "zero1", "zero3")),
     Cell("frozen", "zero1", "bf16", stop_at=5, parameters="low"),
@@ -95,6 +117,7 @@ CHANGED = [
     Cell("frozen", "fsdp", stop_at=5, begun="zero3"),
     Cell("given", "zero2", stop_at=5, begun="ddp"),
     Cell("two_networks", "zero2", stop_at=5, begun="fsdp"),
+    Cell("gan_relativistic", "zero3", stop_at=5, begun="fsdp"),
     Cell("gpt", "zero3", stop_at=5, begun="fsdp", optimizer="adafactor"),
 ]
 # What was remembered by rows and columns counts.
@@ -242,8 +265,9 @@ def test_two_ranks_train_as_one_in_more_cells(tmp_path):
             "recompute=none",
             "micro=2",
         ],
+        [f"modules={','.join(GANS)}", "precisions=fp32", "recompute=none,full", "micro=2"],
     ],
-    ids=["gpt and two networks", "pairs"],
+    ids=["gpt and two networks", "pairs", "gans"],
 )
 def test_whole_matrix(options, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["parity", *options])

@@ -227,8 +227,9 @@ class ZeRO(PartsStrategy):
     # -- state ----------------------------------------------------------------------------------
 
     def whole(self, value: Tensor) -> Tensor:
-        """A master, put together; what has none (frozen, a buffer) as the model uses it."""
-        if value in self.shards:
+        """A master, put together; what is a copy of it or has none, as the model uses it."""
+        is_copy = self.storage == torch.float32 and not hasattr(value, "ds_id")
+        if value in self.shards and not is_copy:
             return self.shards[value].get()
         with self._gathered(value):
             whole = value.detach().clone()
