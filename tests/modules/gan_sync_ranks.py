@@ -49,20 +49,26 @@ def differentiate(layer: BatchNorm, x: torch.Tensor, labels: Any) -> dict[str, t
     return {name: value.detach() for name, value in found.items()}
 
 
-def main(folder: Path) -> None:
-    """Leave what the layer gives in `<rank>.pt`; train the run `together` and the run `apart`."""
+def normalise(folder: Path, device: str) -> None:
+    """Leave what the layer gives in `<rank>.pt`."""
     rank, found = int(os.environ["RANK"]), {}
-    dist.init_process_group("gloo")
+    if num_devices := torch.cuda.device_count() if device == "cuda" else 0:
+        torch.cuda.set_device(rank % num_devices)
+    dist.init_process_group("nccl" if num_devices > 1 else "gloo")  # which can share a device
     mine = slice(4 * rank, 4 * rank + 4)
     for name, size in SIZES.items():
         for num_classes in CLASSES:
             for is_synced in (True, False):
-                sync_statistics(layer := layer_of(num_classes), is_synced)
-                labels = None if num_classes is None else LABELS[mine]
-                key = (name, num_classes, is_synced)
-                found[key] = differentiate(layer, made_up(*size)[mine], labels)
+                sync_statistics(layer := layer_of(num_classes).to(device), is_synced)
+                labels = None if num_classes is None else LABELS[mine].to(device)
+                key, x = (name, num_classes, is_synced), made_up(*size)[mine].to(device)
+                found[key] = differentiate(layer, x, labels)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def train(folder: Path) -> None:
+    """Train the run `together`, as if on CUDA, and the run `apart`."""
 
     def configure_model(module: GAN) -> None:
         for part in module.parts.values():
@@ -76,4 +82,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    normalise(Path(sys.argv[1]), sys.argv[2])
+    if sys.argv[2] == "cpu":
+        train(Path(sys.argv[1]))

@@ -1,6 +1,7 @@
 """Batch norm over the images of all ranks."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def trained(run_settings, compose, train, tmp_path):
         run.path.mkdir(parents=True)
         run.accept(config)
     train(*run_settings, "run.name=alone")
-    start_ranks("tests.modules.gan_sync_ranks", [str(tmp_path)], 2)
+    start_ranks("tests.modules.gan_sync_ranks", [str(tmp_path), "cpu"], 2)
     return tmp_path
 
 
@@ -52,7 +53,7 @@ def by_hand(x, layer, labels, epsilon=1e-3):
 
 
 def largest_difference(folder, name):
-    runs = [RunDirectory(folder / "runs" / each) for each in ("alone", name)]
+    runs: list[Any] = [RunDirectory(folder / "runs" / each) for each in ("alone", name)]
     one, other = (load_file(run.find_checkpoint("last") / "weights.safetensors") for run in runs)
     assert one.keys() == other.keys()
     assert any("running_var" in key for key in one)
@@ -65,8 +66,9 @@ def largest_difference(folder, name):
     return max(weights, float((losses[0] - losses[1]).abs().max()))
 
 
-def test_ranks_together_are_one_batch(trained):
-    ranks = [torch.load(trained / f"{rank}.pt") for rank in (0, 1)]
+def check_layers(folder):
+    """Compare what two ranks gave with the whole batch on one."""
+    ranks = [torch.load(folder / f"{rank}.pt", map_location="cpu") for rank in (0, 1)]
     for (name, size), num_classes in ((s, c) for s in SIZES.items() for c in CLASSES):
         x, labels = made_up(*size), None if num_classes is None else LABELS
         layer = layer_of(num_classes)
@@ -83,8 +85,18 @@ def test_ranks_together_are_one_batch(trained):
             for key, value in found.items():
                 is_equal = torch.allclose(value, expected[key], rtol=1e-6, atol=1e-6)
                 assert is_equal == is_synced, (name, num_classes, key, is_synced)
+
+
+def test_ranks_together_are_one_batch(trained):
+    check_layers(trained)
     assert largest_difference(trained, "together") < 1e-5
     assert largest_difference(trained, "apart") > 1e-3
+
+
+@pytest.mark.gpu
+def test_ranks_together_are_one_batch_on_cuda(tmp_path):
+    start_ranks("tests.modules.gan_sync_ranks", [str(tmp_path), "cuda"], 2)
+    check_layers(tmp_path)
 
 
 @pytest.mark.parametrize(
