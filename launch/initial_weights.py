@@ -12,6 +12,8 @@ from launch.run_directory import TOKENIZERS, find_run
 def load_initial_weights(module: Any, config: DictConfig) -> None:
     """Load what `init_from=<run|checkpoint directory>` names into a module: a run's best or last.
 
+    Values whose names begin with one of `module.starts_anew` stay as they are.
+
     Raises:
         ValueError: There is no such run, it has saved nothing, its weights do not fit, or its
             vocabulary is another.
@@ -28,8 +30,11 @@ def load_initial_weights(module: Any, config: DictConfig) -> None:
         raise ValueError(f"init_from={source} -> that run has saved nothing -> train it first")
     verify(path)
     _refuse_other_vocabulary(config, path.parent.parent)
+    weights, anew = load_weights(path), tuple(getattr(module, "starts_anew", ()))
+    weights = {name: value for name, value in weights.items() if not name.startswith(anew)}
+    own = {name: value for name, value in module.state_dict().items() if name.startswith(anew)}
     try:
-        module.load_state_dict(load_weights(path), assign=True)
+        module.load_state_dict(weights | own, assign=True)
     except RuntimeError as error:
         reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise ValueError(

@@ -28,6 +28,7 @@ class EvaluatedGAN(LightningModule):
         picture_settings: Of `modules.gan_pictures.draw_all`.
         num_classes: Of a conditional generator, else None.
         seed: Of what is drawn.
+        starts_anew: What `init_from` leaves alone: a classifier is of a run's own images.
     """
 
     generator: Network
@@ -36,6 +37,7 @@ class EvaluatedGAN(LightningModule):
     picture_settings: Mapping[str, Any]
     num_classes: int | None
     seed: int
+    starts_anew = ("scores.",)
     _neighbours: Tensor | None = None
 
     def on_validation_start(self) -> None:

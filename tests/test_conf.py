@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from tests.datamodules.made_up_images import draw_pixels, write_folder, write_idx
 
 CONF = Path(__file__).parent.parent / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -68,13 +71,44 @@ def shrunken_pairs(small, pair_files, text_file, tmp_path) -> dict[str, list[str
     }
 
 
+@pytest.fixture(scope="module")
+def image_folders(tmp_path_factory) -> dict[str, Path]:
+    """Images of two classes as the experiments want them: IDX files of grey, a folder of colour."""
+    root = tmp_path_factory.mktemp("images")
+    write_folder(root / "colour")
+    (root / "idx").mkdir()
+    pixels = np.stack([draw_pixels(number, 28, 28, 1)[..., 0] for number in range(40)])
+    write_idx(root / "idx" / "train-images-idx3-ubyte", pixels)
+    write_idx(root / "idx" / "train-labels-idx1-ubyte", np.arange(40, dtype=np.uint8) % 2)
+    return {"idx": root / "idx", "colour": root / "colour"}
+
+
+@pytest.fixture
+def shrunken_images(small, image_folders) -> dict[str, list[str]]:
+    """What makes each GAN experiment small."""
+    images = [*small, "batch_samples=null", "batch_images=4", "datamodule.val_max_samples=4"]
+    images += ["module.scores.extractor.training_steps=1", "corpus.num_processes=1"]
+    digits = [*images, "module.preset=dcgan_tiny"]
+    colour = [*images, f"corpus.path={image_folders['colour']}"]
+    return {
+        "gan_quickstart": digits,
+        "gan_mnist": [*digits, f"corpus.path={image_folders['idx']}"],
+        "gan_cifar10_sngan": [*colour, "module.preset=sngan_tiny"],
+        "gan_cifar10_r3gan": [*colour, "module.preset=r3gan_tiny", "datamodule.resolution=8"],
+        "gan_ffhq256_r3gan": [*colour, "module.preset=r3gan_tiny", "datamodule.resolution=16"],
+    }
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_experiment_takes_a_step(experiment, shrunken, shrunken_pairs, train):
-    overrides = shrunken_pairs.get(experiment, shrunken)
-    run = train(f"experiment={experiment}", "debug=one_step", *overrides)
+def test_experiment_takes_a_step(experiment, shrunken, shrunken_pairs, shrunken_images, train):
+    overrides = (shrunken_pairs | shrunken_images).get(experiment, shrunken)
+    debug = "one_round" if experiment in shrunken_images else "one_step"
+    run = train(f"experiment={experiment}", f"debug={debug}", *overrides)
     assert run.summary["step"] == 1
     assert run.summary["samples"] == 4
-    if experiment not in shrunken_pairs:
+    if experiment in shrunken_images:
+        assert run.summary["images"] == 4
+    elif experiment not in shrunken_pairs:
         assert run.summary["tokens"] == 64
 
 
@@ -94,7 +128,7 @@ def test_profile_overlay_reports_operators(shrunken, train):
 
 
 def test_debug_overlays_are_all_tried():
-    assert DEBUGS == ["one_step", "overfit", "profile"]
+    assert DEBUGS == ["one_round", "one_step", "overfit", "profile"]
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: p.stem)
