@@ -19,7 +19,6 @@ and of processor time, which other processes disturb less.
 
 import argparse
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +38,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback, TrainingArguments
 from transformers import Trainer as PeerTrainer
 
+from benchmarks.turns import clocks
 from datamodules.batch import IGNORED, PairBatch
 from launch import runtime
 from trainers.batch_plan import plan_run
@@ -101,11 +101,6 @@ class Batches(LightningDataModule):
     def __iter__(self) -> Iterator[PairBatch]:
         for step in range(self.num_steps):
             yield self.batches[step % len(self.batches)]
-
-
-def clocks() -> Tensor:
-    """Seconds on the wall's clock and of this process's processors; differences mean something."""
-    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
 class Peer(TrainerCallback):

@@ -49,6 +49,16 @@ class Side(Protocol):
         ...
 
 
+def clocks() -> torch.Tensor:
+    """Seconds on the wall's clock and of this process's processors; differences mean something.
+
+    Waits for a CUDA device that was used.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
+
+
 def touch_tokens(batch: Tokens) -> tuple[int, int]:
     """Add up inputs and targets [B, T]; rows, and the sum."""
     inputs, targets = batch

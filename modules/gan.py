@@ -17,6 +17,7 @@ from modules.gan_average import MovingAverage, Purpose, to_floats
 from modules.gan_evaluation import EvaluatedGAN
 from modules.gan_losses import interpolate
 from modules.gan_networks import build_networks
+from modules.gan_norms import sync_statistics
 from modules.gan_objective import Judged, Objective
 from modules.gan_optimization import Rates
 from modules.gan_pictures import check_pictures
@@ -137,12 +138,11 @@ class GAN(EvaluatedGAN):
         return ("discriminator",) if self.objective.penalises else ()
 
     def configure_model(self) -> None:
-        """Let batch norm see the images of all ranks, where torch can: on CUDA."""
+        """Let batch norm see the images of all ranks, where that is asked for: on CUDA."""
         is_cuda = self.trainer.strategy.root_device.type == "cuda"
-        if self.batch_norm == SYNCED and is_cuda and self.trainer.world_size > 1:
-            convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
-            self.generator = convert(self.generator)
-            self.discriminator = convert(self.discriminator)
+        for part in self.parts.values():
+            several = is_cuda and self.trainer.world_size > 1
+            sync_statistics(part, several and self.batch_norm == SYNCED)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """One optimizer for each part; rates are set before each round."""

@@ -4,9 +4,10 @@ Legend: B batch, C channels, H rows, W columns, K classes.
 """
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
@@ -113,6 +114,8 @@ class BatchNorm(WideBuffers):
         self.draws: dict[str, Draw] = {"weight": ones, "bias": zeros}
         self.momentum, self.epsilon, self.is_normalising = momentum, epsilon, is_normalising
         self.is_conditional = num_classes is not None
+        self.is_synced = False
+        """Whether a batch in training is that of all ranks, as many samples of each."""
         if is_normalising:
             self.register_buffer("running_mean", torch.zeros(channels))
             self.register_buffer("running_var", torch.ones(channels))
@@ -121,7 +124,7 @@ class BatchNorm(WideBuffers):
         """Normalise `x` [B, C] or [B, C, H, W] by channel; `labels` int64 [B] where K is set."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         gain, bias = self.weight.to(dtype), self.bias.to(dtype)  # [C] or [K, C]
-        if not self.is_conditional and self.is_normalising:
+        if self.is_normalising and not self.is_conditional and not self.is_synced:
             return self._normalise(x, gain, bias)
         if self.is_conditional:
             assert labels is not None
@@ -138,6 +141,50 @@ class BatchNorm(WideBuffers):
         # Set while autograd runs a backward pass: this forward is activation checkpointing's then.
         if torch._C._current_graph_task_id() != -1:
             mean, variance = mean.clone(), variance.clone()
+        if self.training and self.is_synced:
+            return self._normalise_together(x, mean, variance)
         return F.batch_norm(
             x, mean, variance, gain, bias, self.training, self.momentum, self.epsilon
         )
+
+    def _normalise_together(self, x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+        dims = [0, *range(2, x.dim())]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = mean_over_ranks(x.mean(dims, keepdim=True))
+        x = x - mean
+        variance = mean_over_ranks(x.square().mean(dims, keepdim=True))
+        with torch.no_grad():
+            count = x.numel() // x.size(1) * dist.get_world_size()
+            running_mean.lerp_(mean.flatten(), self.momentum)
+            running_var.lerp_(variance.flatten() * count / (count - 1), self.momentum)
+        return x * (variance + self.epsilon).rsqrt()
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return mean_over_ranks(gradient)  # each rank's loss depends on the values of all
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Average over ranks, which all call this; can be differentiated any number of times.
+
+    A gradient is that of the sum of all ranks' losses, in this rank's value.
+    """
+    return _MeanOverRanks.apply(value)  # type: ignore[return-value]
+
+
+def sync_statistics(network: nn.Module, is_synced: bool) -> None:
+    """Let all batch norms of a network see the images of all ranks, or of their own alone.
+
+    As `nn.SyncBatchNorm`, on any device and with gradients of gradients.
+    """
+    for module in network.modules():
+        if isinstance(module, BatchNorm):
+            module.is_synced = is_synced

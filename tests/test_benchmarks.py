@@ -4,12 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra.utils import instantiate
 
-from benchmarks import seq2seq_throughput, shuffle_quality, stream_tokens
+from benchmarks import (
+    gan_throughput,
+    picture_waits,
+    seq2seq_throughput,
+    shuffle_quality,
+    stream_tokens,
+)
+from benchmarks.gan_peers import ExampleSide, OurRoundSide, PlainSide
 from benchmarks.stream_images import NUM_SHARDS, image_sides, write_images
 from benchmarks.stream_tokens import token_sides, write_tokens
 from benchmarks.turns import Side, take_turns
+from launch import runtime
+from modules.gan_networks import build_networks
 
 
 def but_stock(sides: dict[str, Side]) -> dict[str, Side]:
@@ -48,3 +58,50 @@ def test_both_sides_of_the_throughput_benchmark_are_one_model() -> None:
     sizes = [sorted(p.numel() for p in model.parameters()) for model in (ours, theirs)]
     assert sizes[0] == sizes[1]
     assert instantiate(config.datamodule, _convert_="all", _partial_=True)
+
+
+def test_sides_of_the_gan_benchmark_train_the_same_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.metrics.plot_losses", lambda *args, **options: None)
+    options = {"preset": "dcgan_tiny", "precision": "fp32", "accelerator": "cpu"}
+    taken = gan_throughput.compete(tmp_path, **options, turns=2, rounds=1)
+    assert set(taken) == {gan_throughput.OURS, gan_throughput.FAKES_TWICE, *gan_throughput.PEERS}
+    assert {turns.shape for turns in taken.values()} == {(2, 2)}
+    assert all((turns > 0).all() for turns in taken.values())
+
+
+def test_lightnings_example_and_its_plain_loop_make_the_same_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime.quiet_libraries()
+    noise = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch, "randn", lambda *size, **options: noise)
+    images = torch.linspace(-1, 1, 28).expand(8, 1, 28, 28)  # all alike: any order is the same
+    trained = {}
+    for side in (ExampleSide, PlainSide, OurRoundSide):
+        independent = {"norm": "none", "dropout": 0.0}
+        networks = build_networks(
+            "dcgan_tiny", independent, resolution=28, channels=1, num_classes=None, seed=1
+        )
+        made = side(networks, images, batch=4, accelerator="cpu", precision="fp32")
+        made.turn(2)
+        if side is not ExampleSide:
+            made.turn(1)  # the first of the example's turn is not timed
+        trained[side] = torch.cat([p.detach().flatten() for n in networks for p in n.parameters()])
+    torch.testing.assert_close(trained[PlainSide], trained[ExampleSide], rtol=0, atol=1e-6)
+    assert (trained[OurRoundSide] - trained[ExampleSide]).abs().max() > 1e-5  # another round
+
+
+def test_rounds_are_timed_with_pictures_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.metrics.plot_losses", lambda *args, **options: None)
+    monkeypatch.setattr(picture_waits, "EVERY_ROUNDS", 1)
+    options = {"preset": "dcgan_tiny", "accelerator": "cpu", "stretches": 4, "rounds": 2}
+    taken = picture_waits.measure(tmp_path, **options)
+    for kind, values in taken.items():
+        assert len(values["rounds"]) == len(values["in callback"]) == 4, kind
+    drawn = [path.name for path in (tmp_path / "runs").rglob("images-*")]
+    steps = sorted(int(name.removeprefix("images-")) // gan_throughput.BATCH for name in drawn)
+    assert steps == [2, 3, 6, 7, 8]  # the last is the run's end
