@@ -218,7 +218,7 @@ class GAN(EvaluatedGAN):
             self._note(discriminator_loss=terms, real_score=real.logits, fake_score=fake.logits)
             # One logit has no meaning where the loss compares two.
             margin = real.logits - fake.logits if self.objective.pairs else real.logits
-            self._note(real_sign=margin.sign())
+            self._note(real_sign=margin.sign() + 0 * margin)  # what is no number has the sign 0
             return terms + self._penalty(images, batch, real, fake) if penalised else terms
 
     def _penalty_terms(self, images: int, batch: KeyedImageBatch) -> Tensor:

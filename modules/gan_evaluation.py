@@ -52,6 +52,14 @@ class EvaluatedGAN(LightningModule):
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         sample = partial(datamodule.some, "train")
         self.scores.prepare(split, sample, self.trainer.strategy.broadcast)
+        self._share_statistics()
+
+    def _share_statistics(self) -> None:
+        """Score one network: ranks may have statistics of their own batches; rank 0's are saved."""
+        names = [name for name, _ in self.generator.named_buffers()]
+        statistics = {name: self.ema.network.get_buffer(name).cpu() for name in names}
+        for name, value in self.trainer.strategy.broadcast(statistics).items():
+            self.ema.network.get_buffer(name).copy_(value)
 
     def validation_step(self, batch: CountedImageBatch, batch_idx: int) -> None:
         """Compare real images with as many of the average's, the same on any number of ranks."""

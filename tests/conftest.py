@@ -119,12 +119,17 @@ def small_run(text_file, data_dir, tmp_path) -> list[str]:
 
 
 @pytest.fixture
-def gan_run(data_dir, tmp_path) -> list[str]:
+def gan_run(gan_settings, tmp_path) -> list[str]:
     """Overrides for a GAN of digits of a few steps, without batch norm and dropout."""
+    return [*gan_settings, f"runs_dir={tmp_path / 'runs'}"]
+
+
+@pytest.fixture(scope="session")
+def gan_settings(data_dir) -> list[str]:
+    """Those of `gan_run`, for runs that several tests share in a folder of their own."""
     return [
         "experiment=gan_quickstart",
         f"data_dir={data_dir}",
-        f"runs_dir={tmp_path / 'runs'}",
         "run.name=digits",
         "trainer.accelerator=cpu",
         "trainer.log_every_steps=1",
@@ -139,7 +144,7 @@ def gan_run(data_dir, tmp_path) -> list[str]:
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def compose() -> Callable[..., DictConfig]:
     """Compose a verb's configuration as the command line does: `compose("train", overrides)`."""
 
@@ -150,7 +155,7 @@ def compose() -> Callable[..., DictConfig]:
     return compose_verb
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train(compose) -> Callable[..., RunDirectory]:
     """Train in this process; later overrides win. Gives the run, and expects its exit code.
 

@@ -127,11 +127,11 @@ class StepMetrics(Callback):
             key: total / weight
             for key, (total, weight) in zip(self._sums, sums.tolist(), strict=True)
         }
-        self._sums = {}
         norms = trainer.strategy.gradient_norms  # type: ignore[attr-defined]
         for part, rate in self._rates.items():
             suffix = f"/{part}" if len(trainer.optimizers) > 1 else ""
             row |= {f"train/lr{suffix}": rate, f"train/grad_norm{suffix}": float(norms[part])}
+        self._sums, self._rates = {}, {}  # of a part that does not step next time, nothing is said
         row |= self.guard.row() | self._throughput(trainer, pl_module, step)
         self.latest = row
         for logger in trainer.loggers:

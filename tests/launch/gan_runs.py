@@ -1,0 +1,58 @@
+"""What tests of GAN runs share: all that a run leaves, to compare two of them by."""
+
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from launch.run_directory import RunDirectory
+from trainers.metrics import read_metrics
+
+STATEFUL = [
+    "module.network={norm: batch, dropout: 0.3, width_factor: null}",
+    "module.conditional=true",
+    "module.loss.generator_every=2",
+    "module.penalty={r1: 0.5, every_steps: 3}",
+    "module.augmentation.name=adaptive",
+    "module.augmentation.probability={target: 0.1, speed_images: 200, interval_steps: 4}",
+    "module.ema={half_life_images: 60, ramp_up: 0.5}",
+    "module.optimizer.lr={start: 0.002, end: 0.001, images: null, shape: cosine}",
+]
+"""Overrides of a GAN with all that has a state: statistics, dropout, an average, augmentation."""
+
+
+def weights(run: RunDirectory) -> dict[str, Tensor]:
+    """Parameters and buffers of the run's last checkpoint."""
+    return load_file(run.find_checkpoint("last") / "weights.safetensors")
+
+
+def optimizers(run: RunDirectory) -> list[Any]:
+    """States of the optimizers in it."""
+    return torch.load(run.find_checkpoint("last") / "state.pt", weights_only=True)[
+        "optimizer_states"
+    ]
+
+
+def rows(run: RunDirectory) -> list[dict[str, Any]]:
+    """All that was logged but for times."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("perf/", "data/"))}
+        for row in read_metrics(run.path / "metrics.jsonl")
+    ]
+
+
+def differing(one: RunDirectory, other: RunDirectory) -> set[str]:
+    """What two runs do not have in common to the bit: weights by name, `optimizers`, `rows`."""
+    mine, theirs = weights(one), weights(other)
+    found = {name for name in mine if not torch.equal(mine[name], theirs[name])}
+    found |= mine.keys() ^ theirs.keys()
+    states = [tree_leaves(optimizers(run)) for run in (one, other)]
+    if not all(_is_same(*pair) for pair in zip(*states, strict=True)):
+        found.add("optimizers")
+    return found | ({"rows"} if rows(one) != rows(other) else set())
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) else one == other
