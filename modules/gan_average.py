@@ -104,22 +104,22 @@ class MovingAverage(nn.Module):
         )
 
     def synthesize(
-        self, num_images: int, *, seed: int, truncation: float, classes: list[int] | None
+        self, numbers: range, *, seed: int, truncation: float, classes: list[int] | None
     ) -> Tensor:
         """Make images, uint8 [n, C, H, W].
 
         Args:
-            num_images: n.
-            seed: Image i is a function of it and i.
+            numbers: Of the n images, in steps of 1.
+            seed: An image is a function of it and of its number.
             truncation: Factor of the noise.
             classes: Whose turn it is, one after the other; None: all of a conditional generator.
 
         Raises:
             ValueError: There is no such class, or there are none.
         """
-        numbers = torch.arange(num_images, device=self._device)
-        labels = cycle_labels(num_images, self.num_classes, numbers, classes)
-        return self.imagine(evaluation_keys(seed, numbers), labels, truncation)
+        own = torch.arange(numbers.start, numbers.stop, device=self._device)
+        labels = cycle_labels(numbers, self.num_classes, own, classes)
+        return self.imagine(evaluation_keys(seed, own), labels, truncation)
 
     def pictures(
         self, settings: Mapping[str, Any], real: Callable[[], Tensor]

@@ -104,9 +104,9 @@ class EvaluatedGAN(LightningModule):
             self._neighbours = images
         return images
 
-    def synthesize(self, num_images: int, **settings: Any) -> Tensor:
+    def synthesize(self, numbers: range, **settings: Any) -> Tensor:
         """Make images of the average, as `MovingAverage.synthesize`."""
-        return self.ema.synthesize(num_images, **settings)
+        return self.ema.synthesize(numbers, **settings)
 
     def tile(self, images: Tensor) -> Any:
         """Lay images, uint8 [n, C, H, W], out as a picture, uint8 [height, width, 3]."""

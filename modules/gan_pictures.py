@@ -58,12 +58,12 @@ def tile(images: Tensor, columns: int | None = None) -> Picture:
 
 
 def cycle_labels(
-    num_images: int, num_classes: int | None, like: Tensor, classes: Any = None
+    numbers: range, num_classes: int | None, like: Tensor, classes: Any = None
 ) -> Tensor | None:
     """Labels in turn (int64 [B]) on the device of `like`; None where the network takes none.
 
     Args:
-        num_images: B.
+        numbers: Of the B images, in steps of 1; whose turn it is goes by them.
         num_classes: Of the network.
         like: Any tensor.
         classes: The labels to take, as a user gives them; None: all.
@@ -87,7 +87,7 @@ def cycle_labels(
         chosen = classes
     if chosen is None:
         return None
-    repeated = torch.arange(num_images, device=like.device) % len(chosen)
+    repeated = torch.arange(numbers.start, numbers.stop, device=like.device) % len(chosen)
     return torch.tensor(chosen, device=like.device)[repeated]
 
 
@@ -96,7 +96,7 @@ def grid(
 ) -> Picture:
     """Images of the first noises, with labels in turn."""
     z = noise(rows * columns)
-    return tile(generate(network, z, cycle_labels(len(z), num_classes, z)), columns)
+    return tile(generate(network, z, cycle_labels(range(len(z)), num_classes, z)), columns)
 
 
 def slerp(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def interpolation(
     ends = noise(2 * rows)
     first, second = (end.repeat_interleave(columns, 0) for end in (ends[::2], ends[1::2]))
     share = torch.linspace(0, 1, columns, device=ends.device).repeat(rows)
-    labels = cycle_labels(rows, num_classes, ends)
+    labels = cycle_labels(range(rows), num_classes, ends)
     labels = None if labels is None else labels.repeat_interleave(columns)
     return tile(generate(network, slerp(first, second, share), labels), columns)
 
@@ -145,7 +145,7 @@ def truncation(
     these networks do not have; of a network that normalises its noise all rows would be equal.
     """
     z = noise(columns)
-    labels = cycle_labels(columns, num_classes, z)
+    labels = cycle_labels(range(columns), num_classes, z)
     images = [generate(network, z * psi, labels) for psi in psis]
     return tile(torch.cat(images), columns)
 
@@ -179,7 +179,7 @@ def neighbours(
         columns: One more than real images to show.
     """
     z, among = noise(rows), real()
-    images = generate(network, z, cycle_labels(rows, num_classes, z))
+    images = generate(network, z, cycle_labels(range(rows), num_classes, z))
     nearest = among[_nearest(images, among, columns - 1)]
     together = torch.cat([images.cpu().unsqueeze(1), nearest], dim=1)
     return tile(together.flatten(0, 1), together.size(1))

@@ -204,13 +204,16 @@ def test_impossible_pictures_are_refused(settings, message):
 
 def test_classes_are_chosen_among_those_of_the_network():
     like = torch.zeros(1)
-    assert cycle_labels(5, None, like) is None
+    assert cycle_labels(range(5), None, like) is None
     for chosen, expected in ((None, [0, 1, 2, 0, 1]), ([2, 0], [2, 0, 2, 0, 2])):
-        labels = cycle_labels(5, 3, like, chosen)
+        labels = cycle_labels(range(5), 3, like, chosen)
         assert labels is not None
         assert labels.tolist() == expected
+        later = cycle_labels(range(2, 5), 3, like, chosen)
+        assert later is not None
+        assert later.tolist() == expected[2:]
     with pytest.raises(ValueError, match=r"classes=\[3\] -> the run's networks know no classes"):
-        cycle_labels(5, None, like, [3])
+        cycle_labels(range(5), None, like, [3])
     for wrong in ([9], [], 3, ["a"], [-1]):
         with pytest.raises(ValueError, match=r"classes=.* -> classes are numbers from 0 to 8"):
-            cycle_labels(5, 9, like, wrong)
+            cycle_labels(range(5), 9, like, wrong)
