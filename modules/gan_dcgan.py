@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.gan_initial_values import glorot_uniform, normal
-from modules.gan_layers import Conv2d, ConvTranspose2d, Embedding, Linear, Network
+from modules.gan_layers import Conv2d, ConvTranspose2d, Discriminator, Embedding, Generator, Linear
 from modules.gan_norms import BatchNorm
 from modules.gan_presets import DCGANShape
 
@@ -85,8 +85,8 @@ class DownBlock(nn.Module):
         return self.dropout(F.leaky_relu(self.conv(x), LEAK))
 
 
-class DCGANGenerator(Network):
-    """Noise to images; a label's vector, as long as the noise, is appended to it.
+class DCGANGenerator(Generator):
+    """Noise to images within [-1, 1]; a label's vector, as long as the noise, is appended to it.
 
     What a class is then follows Mirza and Osindero 2014 (arXiv 1411.1784), with learned vectors.
 
@@ -119,22 +119,7 @@ class DCGANGenerator(Network):
         )
         self.output = ConvTranspose2d(widths[-1], channels, KERNEL, stride=2, draw=glorot_uniform)
 
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The layers between the first and the last."""
-        return list(self.layers)
-
-    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Make images.
-
-        Args:
-            noise: [B, Z].
-            labels: int64 [B], or None where the network is unconditional.
-
-        Returns:
-            [B, C, H, W] within [-1, 1].
-        """
-        self.check(labels)
+    def _make(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         if labels is not None:
             noise = torch.cat([noise, self.embedding(labels, noise.dtype)], dim=1)
         x = F.leaky_relu(self.norm(self.dense(noise)), LEAK)  # [B, F]
@@ -144,10 +129,8 @@ class DCGANGenerator(Network):
         return torch.tanh(self.output(x))
 
 
-class DCGANDiscriminator(Network):
+class DCGANDiscriminator(Discriminator):
     """Images to logits; a label's vector is compared with the last features.
-
-    The projection of Miyato and Koyama 2018 (arXiv 1802.05637, equation 3), on F features.
 
     Args:
         shape: Architecture and sizes.
@@ -171,27 +154,8 @@ class DCGANDiscriminator(Network):
         if num_classes is not None:
             self.embedding = Embedding(num_classes, features, draw=glorot_uniform)
 
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The layers before the last."""
-        return list(self.layers)
-
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Judge images.
-
-        Args:
-            images: [B, C, H, W].
-            labels: int64 [B], or None where the network is unconditional.
-
-        Returns:
-            Logits [B].
-        """
-        self.check(labels)
+    def _judge(self, images: Tensor, labels: Tensor | None) -> Tensor:
         x = images
         for layer in self.layers:
             x = layer(x)
-        features = x.flatten(1)  # [B, F]
-        logits = self.dense(features).sum(1)  # no view: FSDP2 warns of one
-        if labels is not None:
-            logits = logits + (self.embedding(labels, features.dtype) * features).sum(1)
-        return logits
+        return self._project(x.flatten(1), labels)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from datamodules.batch import CountedImageBatch
 from modules.gan_average import MovingAverage
-from modules.gan_layers import Network
+from modules.gan_layers import Generator
 from modules.gan_pictures import num_compared, tile
 from modules.gan_scores import ImageScores
 from modules.keyed_draws import evaluation_keys
@@ -29,7 +29,7 @@ class EvaluatedGAN(LightningModule):
         starts_anew: What `init_from` leaves alone: a classifier is of a run's own images.
     """
 
-    generator: Network
+    generator: Generator
     ema: MovingAverage
     scores: ImageScores
     picture_settings: Mapping[str, Any]

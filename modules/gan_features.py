@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.gan_average import to_floats
+
 _MAX_RESOLUTION = (
     64  # what is larger the classifier sees averaged down: it is to be made in seconds
 )
@@ -233,7 +235,7 @@ class ClassifierFeatures(nn.Module):
         return {name: weight.requires_grad_() for name, weight in weights.items()}
 
     def _features(self, images: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        x = images.float() / 127.5 - 1  # [N, C, H, W]
+        x = to_floats(images)  # [N, C, H, W]
         if x.size(-1) != self.size:
             x = F.interpolate(x, size=(self.size, self.size), mode="area")
         for layer in range(self.num_layers):
