@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from modules.gan_initial_values import glorot_uniform, normal
 from modules.gan_layers import Conv2d, ConvTranspose2d, Discriminator, Embedding, Generator, Linear
 from modules.gan_norms import BatchNorm
-from modules.gan_presets import DCGANShape
+from modules.gan_presets import DCGANShape, form_of
 
 # By resolution: pixels a side where the generator starts, its channels and the strides of the
 # layers between them, and the discriminator's channels, with stride 2 each.
@@ -34,16 +34,6 @@ LEAK = 0.3
 """Slope of LeakyReLU below 0, Keras' default."""
 Norm = partial(BatchNorm, momentum=0.01, epsilon=1e-3)
 """With Keras' defaults; its moving variance is of a batch, torch's what that estimates."""
-
-
-def _form(resolution: int) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    if resolution not in _FORMS:
-        known = ", ".join(map(str, _FORMS))
-        raise ValueError(
-            f"datamodule.resolution={resolution} -> a DCGAN has layers for {known} pixels -> "
-            "choose one of them, or a preset r3gan"
-        )
-    return _FORMS[resolution]
 
 
 class UpBlock(nn.Module):
@@ -104,7 +94,7 @@ class DCGANGenerator(Generator):
         self, shape: DCGANShape, *, resolution: int, channels: int, num_classes: int | None
     ):
         super().__init__(num_classes)
-        self.start, widths, strides, _ = _form(resolution)
+        self.start, widths, strides, _ = form_of(_FORMS, resolution, "a DCGAN has layers")
         widths, inputs = [shape.scaled(width) for width in widths], shape.noise_size
         self.noise_size = shape.noise_size
         if num_classes is not None:
@@ -146,7 +136,7 @@ class DCGANDiscriminator(Discriminator):
         self, shape: DCGANShape, *, resolution: int, channels: int, num_classes: int | None
     ):
         super().__init__(num_classes)
-        _, _, _, widths = _form(resolution)
+        _, _, _, widths = form_of(_FORMS, resolution, "a DCGAN has layers")
         widths = [channels, *(shape.scaled(width) for width in widths)]
         self.layers = nn.ModuleList(DownBlock(shape, *pair) for pair in pairwise(widths))
         features = widths[-1] * (resolution >> len(self.layers)) ** 2

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from modules.gan_initial_values import glorot_uniform
 from modules.gan_layers import Conv2d, Discriminator, Embedding, Generator, Linear
 from modules.gan_norms import BatchNorm
-from modules.gan_presets import SNGANShape
+from modules.gan_presets import SNGANShape, form_of
 
 START = 4
 """Rows and columns of what the generator's first layer makes."""
@@ -33,16 +33,6 @@ _FORMS = {
 Norm = partial(BatchNorm, momentum=0.1, epsilon=2e-5)
 """With Chainer's defaults."""
 _before_relu = partial(glorot_uniform, gain=math.sqrt(2))
-
-
-def _form(resolution: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    if resolution not in _FORMS:
-        known = ", ".join(map(str, _FORMS))
-        raise ValueError(
-            f"datamodule.resolution={resolution} -> an SNGAN has blocks for {known} pixels -> "
-            "choose one of them, or a preset r3gan"
-        )
-    return _FORMS[resolution]
 
 
 class UpBlock(nn.Module):
@@ -121,7 +111,7 @@ class SNGANGenerator(Generator):
         self, shape: SNGANShape, *, resolution: int, channels: int, num_classes: int | None
     ):
         super().__init__(num_classes)
-        widths, _, _ = _form(resolution)
+        widths, _, _ = form_of(_FORMS, resolution, "an SNGAN has blocks")
         widths = [shape.scaled(width) for width in widths]
         self.noise_size = shape.noise_size
         features = widths[0] * START**2
@@ -154,7 +144,7 @@ class SNGANDiscriminator(Discriminator):
         self, shape: SNGANShape, *, resolution: int, channels: int, num_classes: int | None
     ):
         super().__init__(num_classes)
-        _, widths, num_halving = _form(resolution)
+        _, widths, num_halving = form_of(_FORMS, resolution, "an SNGAN has blocks")
         widths = [channels, *(shape.scaled(width) for width in widths)]
         self.layers = nn.ModuleList(
             DownBlock(*pair, is_first=i == 0, is_halving=i < num_halving)
