@@ -61,7 +61,7 @@ class TimeRounds(Callback):
             self._in_callback = time.perf_counter() - begun
 
         self.pictures.on_train_batch_end = timed
-        self.every_samples, self.pictures.every_samples = self.pictures.every_samples, None
+        self.every_steps, self.pictures.every_steps = self.pictures.every_steps, None
         self._begun = time.perf_counter()
 
     def on_train_batch_end(
@@ -75,7 +75,7 @@ class TimeRounds(Callback):
             for job, _ in self.pictures._jobs:  # or the next stretch would pay for this one
                 job.result()
             self.kind = WITHOUT if self.kind == WITH else WITH
-            self.pictures.every_samples = self.every_samples if self.kind == WITH else None
+            self.pictures.every_steps = self.every_steps if self.kind == WITH else None
         self._begun = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -5,7 +5,6 @@ Legend: H rows, W columns, C channels: 1 of grey, or 3 of red, green and blue.
 
 import io
 import struct
-import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,12 +121,15 @@ def open_image(content: bytes | memoryview) -> Image.Image:
             for safe (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=_DECODERS)
+        image = Image.open(io.BytesIO(content), formats=_DECODERS)
+        # Pillow warns, and raises at twice as many; filters of warnings are of all threads.
+        if (limit := Image.MAX_IMAGE_PIXELS) and image.width * image.height > limit:
+            raise Image.DecompressionBombError(
+                f"{image.height} x {image.width}, and Pillow's limit is {limit} pixels"
+            )
         image.load()
     except _BOMBS as err:
-        raise ValueError(f"it has too many pixels ({err})") from err
+        raise ValueError(f"it has too many pixels: {err}") from err
     except Image.UnidentifiedImageError as err:
         raise ValueError(f"it is no whole file of {', '.join(_DECODERS)}") from err
     except _DAMAGES as err:
@@ -198,7 +200,10 @@ def _as_array(content: Any) -> Pixels:
     """Read pixels [H, W] or [H, W, C] out of a `.npy` file, or take them; uint8 [H, W, C]."""
     array = content
     if not isinstance(content, np.ndarray):
-        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+        try:
+            array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+        except Exception as err:  # a header is read as Python, and raises what that leads to
+            raise ValueError(f"it is damaged or cut short ({err})") from err
     if array.ndim == 2:
         array = array[:, :, None]
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in _MODES:

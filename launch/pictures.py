@@ -9,28 +9,29 @@ from launch import runtime
 from launch.run_directory import RunDirectory
 
 IMAGE_SETTINGS = ("num_images", "truncation", "classes", "out")
-_NUM_IMAGES = 64  # a grid of 8 by 8
+_GRID_IMAGES = 64  # 8 by 8; also how many are made at a time, and when nothing else is asked for
 
 
 def write_images(config: DictConfig, run: RunDirectory, checkpoint: str, module: Any) -> None:
-    """Write numbered images and a grid of them as PNG, and print where they are.
+    """Write numbered images and a grid of the first ones as PNG, and print where they are.
 
     Args:
         config: Of `launch.generate`.
         run: Whose model it is.
         checkpoint: Name of the checkpoint, for the folder.
-        module: Has `synthesize(num_images, seed, truncation, classes)`, which gives uint8
-            [num_images, C, H, W], and `tile(images)`, which lays them out as uint8 [height, width,
-            3].
+        module: Has `synthesize(numbers, seed, truncation, classes)`, which gives uint8 images
+            [n, C, H, W] of a range of n numbers, and `tile(images)`, which lays them out as uint8
+            [height, width, 3].
 
     Raises:
         ValueError: `num_images` or `truncation` cannot be.
     """
     from PIL import Image
+    from rich.progress import track
 
     from trainers.build import resolve_accelerator
 
-    num_images = _NUM_IMAGES if config.num_images is None else config.num_images
+    num_images = _GRID_IMAGES if config.num_images is None else config.num_images
     truncation = 1.0 if config.truncation is None else config.truncation
     if not isinstance(num_images, int) or num_images < 1:
         raise ValueError(f"num_images={num_images} -> no number of images -> choose 1 or more")
@@ -42,15 +43,20 @@ def write_images(config: DictConfig, run: RunDirectory, checkpoint: str, module:
     classes = runtime.plain(config)["classes"]
     folder = Path(config.out) if config.out else run.path / "generated" / _name(config, checkpoint)
     module.to(resolve_accelerator(config.accelerator))
-    images = module.synthesize(
-        num_images, seed=config.seed, truncation=float(truncation), classes=classes
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-        picture.save(folder / f"{number:06d}.png")
-    Image.fromarray(module.tile(images)).save(folder / "grid.png")
-    print(f"{num_images} images of checkpoint {checkpoint}, and grid.png of them, in {folder}")
+    firsts = range(0, num_images, _GRID_IMAGES)
+    for first in track(firsts, "generating", disable=len(firsts) == 1):
+        numbers = range(first, min(first + _GRID_IMAGES, num_images))
+        images = module.synthesize(
+            numbers, seed=config.seed, truncation=float(truncation), classes=classes
+        ).cpu()
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, image in zip(numbers, images.permute(0, 2, 3, 1).numpy(), strict=True):
+            picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+            picture.save(folder / f"{number:06d}.png")
+        if first == 0:
+            Image.fromarray(module.tile(images)).save(folder / "grid.png")
+    shown = "them" if len(firsts) == 1 else f"the first {_GRID_IMAGES}"
+    print(f"{num_images} images of checkpoint {checkpoint}, and grid.png of {shown}, in {folder}")
 
 
 def _name(config: DictConfig, checkpoint: str) -> str:

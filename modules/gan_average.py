@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from modules.gan_pictures import cycle_labels, draw_all, generate
+from modules.gan_pictures import cycle_labels, drawings, generate
 from modules.keyed_draws import evaluation_keys, normal
 from modules.ramps import Ramp
 
@@ -105,49 +105,44 @@ class MovingAverage(nn.Module):
         )
 
     def synthesize(
-        self, num_images: int, *, seed: int, truncation: float, classes: list[int] | None
+        self, numbers: range, *, seed: int, truncation: float, classes: list[int] | None
     ) -> Tensor:
         """Make images, uint8 [n, C, H, W].
 
         Args:
-            num_images: n.
-            seed: Image i is a function of it and i.
+            numbers: Of the n images, in steps of 1.
+            seed: An image is a function of it and of its number.
             truncation: Factor of the noise.
             classes: Whose turn it is, one after the other; None: all of a conditional generator.
 
         Raises:
             ValueError: There is no such class, or there are none.
         """
-        numbers = torch.arange(num_images, device=self._device)
-        labels = cycle_labels(num_images, self.num_classes, numbers, classes)
-        return self.imagine(evaluation_keys(seed, numbers), labels, truncation)
+        own = torch.arange(numbers.start, numbers.stop, device=self._device)
+        labels = cycle_labels(numbers, self.num_classes, own, classes)
+        return self.imagine(evaluation_keys(seed, own), labels, truncation)
 
     def pictures(
         self, settings: Mapping[str, Any], real: Callable[[], Tensor]
-    ) -> Callable[[], dict[str, NDArray]]:
-        """Take a snapshot, and give what draws pictures of it, on any thread.
+    ) -> dict[str, Callable[[], NDArray]]:
+        """Take a snapshot, and give by name what draws pictures of it, on any thread.
 
         Args:
-            settings: Of `modules.gan_pictures.draw_all`.
-            real: Gives uint8 images [n, C, H, W] to look for neighbours in.
+            settings: Of `modules.gan_pictures.drawings`.
+            real: Gives uint8 images [n, C, H, W], on the CPU, to look for neighbours in.
         """
-        network = copy.deepcopy(self.network).eval()
 
         def noise(count: int) -> Tensor:
             keys = evaluation_keys(self.seed, torch.arange(count, device=self._device))
             return normal(keys, Purpose.NOISE, self.noise_size)
 
-        def draw() -> dict[str, NDArray]:
-            has_neighbours = settings.get("neighbours") is not None
-            return draw_all(
-                network,
-                settings=settings,
-                noise=noise,
-                num_classes=self.num_classes,
-                real=real() if has_neighbours else None,
-            )
-
-        return draw
+        return drawings(
+            copy.deepcopy(self.network).eval(),
+            settings=settings,
+            noise=noise,
+            num_classes=self.num_classes,
+            real=real,
+        )
 
     @property
     def _device(self) -> torch.device:

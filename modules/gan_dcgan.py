@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.gan_initial_values import glorot_uniform, normal
-from modules.gan_layers import Conv2d, ConvTranspose2d, Embedding, Linear, Network
+from modules.gan_layers import Conv2d, ConvTranspose2d, Discriminator, Embedding, Generator, Linear
 from modules.gan_norms import BatchNorm
-from modules.gan_presets import DCGANShape
+from modules.gan_presets import DCGANShape, form_of
 
 # By resolution: pixels a side where the generator starts, its channels and the strides of the
 # layers between them, and the discriminator's channels, with stride 2 each.
@@ -34,16 +34,6 @@ LEAK = 0.3
 """Slope of LeakyReLU below 0, Keras' default."""
 Norm = partial(BatchNorm, momentum=0.01, epsilon=1e-3)
 """With Keras' defaults; its moving variance is of a batch, torch's what that estimates."""
-
-
-def _form(resolution: int) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    if resolution not in _FORMS:
-        known = ", ".join(map(str, _FORMS))
-        raise ValueError(
-            f"datamodule.resolution={resolution} -> a DCGAN has layers for {known} pixels -> "
-            "choose one of them, or a preset r3gan"
-        )
-    return _FORMS[resolution]
 
 
 class UpBlock(nn.Module):
@@ -85,8 +75,8 @@ class DownBlock(nn.Module):
         return self.dropout(F.leaky_relu(self.conv(x), LEAK))
 
 
-class DCGANGenerator(Network):
-    """Noise to images; a label's vector, as long as the noise, is appended to it.
+class DCGANGenerator(Generator):
+    """Noise to images within [-1, 1]; a label's vector, as long as the noise, is appended to it.
 
     What a class is then follows Mirza and Osindero 2014 (arXiv 1411.1784), with learned vectors.
 
@@ -104,7 +94,7 @@ class DCGANGenerator(Network):
         self, shape: DCGANShape, *, resolution: int, channels: int, num_classes: int | None
     ):
         super().__init__(num_classes)
-        self.start, widths, strides, _ = _form(resolution)
+        self.start, widths, strides, _ = form_of(_FORMS, resolution, "a DCGAN has layers")
         widths, inputs = [shape.scaled(width) for width in widths], shape.noise_size
         self.noise_size = shape.noise_size
         if num_classes is not None:
@@ -119,22 +109,7 @@ class DCGANGenerator(Network):
         )
         self.output = ConvTranspose2d(widths[-1], channels, KERNEL, stride=2, draw=glorot_uniform)
 
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The layers between the first and the last."""
-        return list(self.layers)
-
-    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Make images.
-
-        Args:
-            noise: [B, Z].
-            labels: int64 [B], or None where the network is unconditional.
-
-        Returns:
-            [B, C, H, W] within [-1, 1].
-        """
-        self.check(labels)
+    def _make(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         if labels is not None:
             noise = torch.cat([noise, self.embedding(labels, noise.dtype)], dim=1)
         x = F.leaky_relu(self.norm(self.dense(noise)), LEAK)  # [B, F]
@@ -144,10 +119,8 @@ class DCGANGenerator(Network):
         return torch.tanh(self.output(x))
 
 
-class DCGANDiscriminator(Network):
+class DCGANDiscriminator(Discriminator):
     """Images to logits; a label's vector is compared with the last features.
-
-    The projection of Miyato and Koyama 2018 (arXiv 1802.05637, equation 3), on F features.
 
     Args:
         shape: Architecture and sizes.
@@ -163,7 +136,7 @@ class DCGANDiscriminator(Network):
         self, shape: DCGANShape, *, resolution: int, channels: int, num_classes: int | None
     ):
         super().__init__(num_classes)
-        _, _, _, widths = _form(resolution)
+        _, _, _, widths = form_of(_FORMS, resolution, "a DCGAN has layers")
         widths = [channels, *(shape.scaled(width) for width in widths)]
         self.layers = nn.ModuleList(DownBlock(shape, *pair) for pair in pairwise(widths))
         features = widths[-1] * (resolution >> len(self.layers)) ** 2
@@ -171,27 +144,8 @@ class DCGANDiscriminator(Network):
         if num_classes is not None:
             self.embedding = Embedding(num_classes, features, draw=glorot_uniform)
 
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The layers before the last."""
-        return list(self.layers)
-
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Judge images.
-
-        Args:
-            images: [B, C, H, W].
-            labels: int64 [B], or None where the network is unconditional.
-
-        Returns:
-            Logits [B].
-        """
-        self.check(labels)
+    def _judge(self, images: Tensor, labels: Tensor | None) -> Tensor:
         x = images
         for layer in self.layers:
             x = layer(x)
-        features = x.flatten(1)  # [B, F]
-        logits = self.dense(features).sum(1)  # no view: FSDP2 warns of one
-        if labels is not None:
-            logits = logits + (self.embedding(labels, features.dtype) * features).sum(1)
-        return logits
+        return self._project(x.flatten(1), labels)

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from datamodules.batch import CountedImageBatch
 from modules.gan_average import MovingAverage
-from modules.gan_layers import Network
-from modules.gan_pictures import tile
+from modules.gan_layers import Generator
+from modules.gan_pictures import num_compared, tile
 from modules.gan_scores import ImageScores
 from modules.keyed_draws import evaluation_keys
-
-_NEIGHBOURS_AMONG = 4096  # training images
 
 
 class EvaluatedGAN(LightningModule):
@@ -25,13 +23,13 @@ class EvaluatedGAN(LightningModule):
         generator: The network that is trained.
         ema: Its moving average.
         scores: What real images and the average's are compared by.
-        picture_settings: Of `modules.gan_pictures.draw_all`.
+        picture_settings: Of `modules.gan_pictures.drawings`.
         num_classes: Of a conditional generator, else None.
         seed: Of what is drawn.
         starts_anew: What `init_from` leaves alone: a classifier is of a run's own images.
     """
 
-    generator: Network
+    generator: Generator
     ema: MovingAverage
     scores: ImageScores
     picture_settings: Mapping[str, Any]
@@ -91,8 +89,8 @@ class EvaluatedGAN(LightningModule):
         values = {f"{split}/{name}": torch.tensor(value) for name, value in scores}
         self.log_dict(values, sync_dist=True)
 
-    def pictures(self) -> Callable[[], dict[str, Any]]:
-        """Give what draws pictures of the average as it is now, on any thread."""
+    def pictures(self) -> dict[str, Callable[[], Any]]:
+        """Give by name what draws pictures of the average as it is now, on any thread."""
         return self.ema.pictures(self.picture_settings, self._real_images)
 
     def _real_images(self) -> Tensor:
@@ -100,13 +98,15 @@ class EvaluatedGAN(LightningModule):
         images = self._neighbours
         if images is None:
             datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            images, _ = datamodule.some("train", _NEIGHBOURS_AMONG)
+            one, _ = datamodule.some("train", 1)
+            columns = self.picture_settings["neighbours"]["columns"]
+            images, _ = datamodule.some("train", num_compared(one.nbytes, columns))
             self._neighbours = images
         return images
 
-    def synthesize(self, num_images: int, **settings: Any) -> Tensor:
+    def synthesize(self, numbers: range, **settings: Any) -> Tensor:
         """Make images of the average, as `MovingAverage.synthesize`."""
-        return self.ema.synthesize(num_images, **settings)
+        return self.ema.synthesize(numbers, **settings)
 
     def tile(self, images: Tensor) -> Any:
         """Lay images, uint8 [n, C, H, W], out as a picture, uint8 [height, width, 3]."""

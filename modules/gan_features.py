@@ -5,12 +5,15 @@ Legend: N images, C channels, H rows, W columns, F features, K classes.
 
 import warnings
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from modules.gan_average import to_floats
 
 _MAX_RESOLUTION = (
     64  # what is larger the classifier sees averaged down: it is to be made in seconds
@@ -31,10 +34,13 @@ class Features(Protocol):
 
     num_features: int
     """F."""
-    name: str
-    """For signatures."""
     is_inception: bool
     """Whether these are the features of Inception that FID and KID are defined by."""
+
+    @property
+    def name(self) -> str:
+        """For signatures."""
+        ...
 
     def __call__(self, images: Tensor) -> Tensor:
         """Turn `images` (uint8 [N, C, H, W]) into features (fp32 [N, F])."""
@@ -128,7 +134,6 @@ class ClassifierFeatures(nn.Module):
         self.size, self.num_classes = min(resolution, _MAX_RESOLUTION), num_classes
         self.training_images, self.seed = training_images, seed
         self.training_steps = training_steps
-        self.name = f"classifier-of-{num_classes}-labels" if num_classes else "classifier-of-turns"
         # As many as halve an image to 4 x 4, and two of smaller ones.
         halvings = max(2, min(len(_WIDTHS) - 1, (self.size - 1).bit_length() - 2))
         widths = (*_WIDTHS[:halvings], _NUM_FEATURES)
@@ -139,6 +144,21 @@ class ClassifierFeatures(nn.Module):
         self.register_buffer("head", torch.zeros(num_classes or _NUM_ROTATIONS, _NUM_FEATURES))
         self.register_buffer("feature_scale", torch.ones(()))
         self.register_buffer("is_trained", torch.tensor(False))
+
+    @property
+    def name(self) -> str:
+        """What it was trained on and how, and a digest of what came of it.
+
+        Scores compare where all of it is equal; other hardware gives nearly the same weights.
+        """
+        digest = sha256()
+        for buffer in self.buffers():
+            digest.update(buffer.cpu().numpy().tobytes())
+        what = f"{self.num_classes}-labels" if self.num_classes else "turns"
+        return (
+            f"classifier-of-{what}|images:{self.training_images}|steps:{self.training_steps}|"
+            f"seed:{self.seed}|weights:{digest.hexdigest()[:8]}"
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute features (fp32 [N, F]) of `images` (uint8 [N, C, H, W])."""
@@ -215,7 +235,7 @@ class ClassifierFeatures(nn.Module):
         return {name: weight.requires_grad_() for name, weight in weights.items()}
 
     def _features(self, images: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        x = images.float() / 127.5 - 1  # [N, C, H, W]
+        x = to_floats(images)  # [N, C, H, W]
         if x.size(-1) != self.size:
             x = F.interpolate(x, size=(self.size, self.size), mode="area")
         for layer in range(self.num_layers):

@@ -1,9 +1,9 @@
-"""Layers of the GAN family's networks: convolutions, linear maps and tables; base of the networks.
+"""Layers of the GAN family's networks: convolutions, linear maps and tables; their base classes.
 
 Each computes in the dtype of its input and casts its weights to it, since a strategy may keep them
 in low precision while a penalty on gradients is computed in fp32. All can be differentiated twice.
 
-Legend: B batch, C channels, H rows, W columns, K classes.
+Legend: B batch, C channels, H rows, W columns, K classes, Z noise, F features.
 """
 
 import torch
@@ -152,14 +152,16 @@ class Network(nn.Module):
         num_classes: K, or None: unconditional.
     """
 
+    layers: nn.ModuleList
+
     def __init__(self, num_classes: int | None):
         super().__init__()
         self.num_classes = num_classes
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The layers, each a unit to checkpoint or shard."""
-        raise NotImplementedError
+        """The layers between the first and the last, each a unit to checkpoint or shard."""
+        return list(self.layers)
 
     def refresh(self) -> None:
         """Let the next forward in training, and it alone, follow singular values one iteration.
@@ -192,8 +194,77 @@ class Network(nn.Module):
         """
         if (labels is None) == (self.num_classes is None):
             return
-        what = "no labels were given to a " if labels is None else "labels were given to an un"
+        if labels is None:
+            raise ValueError(
+                "module.conditional=true -> no labels were given to a conditional network -> pass "
+                f"those of its {self.num_classes} classes, or set it to false"
+            )
         raise ValueError(
-            f"module.num_classes={self.num_classes} -> {what}conditional network -> set it to the "
-            "number of classes of the data, or to null and pass no labels"
+            "module.conditional=false -> labels were given to an unconditional network -> pass "
+            "none, or set it to true"
         )
+
+
+class Generator(Network):
+    """Base of generators, which need `_make`.
+
+    Attributes:
+        noise_size: Z.
+    """
+
+    noise_size: int
+
+    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Make images.
+
+        Args:
+            noise: [B, Z].
+            labels: int64 [B], or None where the network is unconditional.
+
+        Returns:
+            [B, C, H, W], black at -1 and white at 1.
+
+        Raises:
+            ValueError: As `check`.
+        """
+        self.check(labels)
+        return self._make(noise, labels)
+
+    def _make(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class Discriminator(Network):
+    """Base of discriminators, which need `_judge`."""
+
+    dense: Linear
+    embedding: Embedding
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Judge images.
+
+        Args:
+            images: [B, C, H, W].
+            labels: int64 [B], or None where the network is unconditional.
+
+        Returns:
+            Logits [B].
+
+        Raises:
+            ValueError: As `check`.
+        """
+        self.check(labels)
+        return self._judge(images, labels)
+
+    def _judge(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _project(self, features: Tensor, labels: Tensor | None) -> Tensor:
+        """Logits [B] of features [B, F]: `dense` of them, plus their product with a label's vector.
+
+        Miyato and Koyama 2018, arXiv 1802.05637, equation 3.
+        """
+        logits = self.dense(features).sum(1)  # no view: FSDP2 warns of one
+        if labels is None:
+            return logits
+        return logits + (self.embedding(labels, features.dtype) * features).sum(1)

@@ -16,7 +16,7 @@ Sources: `saturating` Goodfellow et al. 2014, arXiv 1406.2661, equation 1, with 
 sigmoid; `non_saturating` the end of section 3 there; `hinge` Lim and Ye 2017, arXiv 1705.02894,
 and Miyato et al. 2018, arXiv 1802.05957, equations 16 and 17; `least_squares` Mao et al. 2016,
 arXiv 1611.04076, equation 9; `wasserstein` Arjovsky et al. 2017, arXiv 1701.07875, algorithm 1;
-`relativistic` Jolicoeur-Martineau 2018, arXiv 1807.00734, "RSGAN", and Huang et al. 2025, arXiv
+`relativistic` Jolicoeur-Martineau 2018, arXiv 1807.00734, "RSGAN", and Huang et al. 2024, arXiv
 2501.05441, equation 2, each real image paired with the generated one of the same row.
 """
 
@@ -50,13 +50,13 @@ LOSSES = tuple(_DISCRIMINATOR)
 
 
 def check_loss(name: str) -> None:
-    """Check `module.loss`.
+    """Check `module.loss.name`.
 
     Raises:
         ValueError: It is unknown.
     """
     if name not in LOSSES:
-        raise ValueError(f"module.loss={name} -> unknown -> choose one of {', '.join(LOSSES)}")
+        raise ValueError(f"module.loss.name={name} -> unknown -> choose one of {', '.join(LOSSES)}")
 
 
 def discriminator_loss(name: str, real: Tensor, fake: Tensor) -> Tensor:

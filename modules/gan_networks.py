@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from modules.gan_dcgan import DCGANDiscriminator, DCGANGenerator
-from modules.gan_layers import Network
+from modules.gan_layers import Discriminator, Generator
 from modules.gan_norms import BatchNorm
 from modules.gan_presets import DCGANShape, R3GANShape, SNGANShape, shape_from
 from modules.gan_r3gan import R3GANDiscriminator, R3GANGenerator
@@ -27,7 +27,7 @@ def build_networks(
     channels: int,
     num_classes: int | None,
     seed: int,
-) -> tuple[Network, Network]:
+) -> tuple[Generator, Discriminator]:
     """Build both networks on the CPU, with initial values.
 
     The generator makes images [B, channels, resolution, resolution], about within [-1, 1], of noise

@@ -7,6 +7,8 @@ Legend: B images, C channels (1 or 3), H rows, W columns, Z noise, N real images
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ Noise = Callable[[int], Tensor]
 """Gives the first B of a sequence of noises, float [B, Z], on the device of the network."""
 _GAP, _GAP_SHADE = 2, 255  # pixels between tiles, white
 _IMAGES_AT_ONCE = 64
+_MOST_COMPARED, _COMPARED_BYTES = 4096, 64 * 2**20
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -55,12 +58,12 @@ def tile(images: Tensor, columns: int | None = None) -> Picture:
 
 
 def cycle_labels(
-    num_images: int, num_classes: int | None, like: Tensor, classes: Any = None
+    numbers: range, num_classes: int | None, like: Tensor, classes: Any = None
 ) -> Tensor | None:
     """Labels in turn (int64 [B]) on the device of `like`; None where the network takes none.
 
     Args:
-        num_images: B.
+        numbers: Of the B images, in steps of 1; whose turn it is goes by them.
         num_classes: Of the network.
         like: Any tensor.
         classes: The labels to take, as a user gives them; None: all.
@@ -84,7 +87,7 @@ def cycle_labels(
         chosen = classes
     if chosen is None:
         return None
-    repeated = torch.arange(num_images, device=like.device) % len(chosen)
+    repeated = torch.arange(numbers.start, numbers.stop, device=like.device) % len(chosen)
     return torch.tensor(chosen, device=like.device)[repeated]
 
 
@@ -93,7 +96,7 @@ def grid(
 ) -> Picture:
     """Images of the first noises, with labels in turn."""
     z = noise(rows * columns)
-    return tile(generate(network, z, cycle_labels(len(z), num_classes, z)), columns)
+    return tile(generate(network, z, cycle_labels(range(len(z)), num_classes, z)), columns)
 
 
 def slerp(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ def interpolation(
     ends = noise(2 * rows)
     first, second = (end.repeat_interleave(columns, 0) for end in (ends[::2], ends[1::2]))
     share = torch.linspace(0, 1, columns, device=ends.device).repeat(rows)
-    labels = cycle_labels(rows, num_classes, ends)
+    labels = cycle_labels(range(rows), num_classes, ends)
     labels = None if labels is None else labels.repeat_interleave(columns)
     return tile(generate(network, slerp(first, second, share), labels), columns)
 
@@ -142,7 +145,7 @@ def truncation(
     these networks do not have; of a network that normalises its noise all rows would be equal.
     """
     z = noise(columns)
-    labels = cycle_labels(columns, num_classes, z)
+    labels = cycle_labels(range(columns), num_classes, z)
     images = [generate(network, z * psi, labels) for psi in psis]
     return tile(torch.cat(images), columns)
 
@@ -159,7 +162,7 @@ def neighbours(
     noise: Noise,
     num_classes: int | None,
     *,
-    real: Tensor,
+    real: Callable[[], Tensor],
     rows: int,
     columns: int,
 ) -> Picture:
@@ -171,28 +174,55 @@ def neighbours(
         network: The generator.
         noise: For it.
         num_classes: For its labels.
-        real: uint8 [N, C, H, W], `columns` - 1 or more.
+        real: Gives uint8 [N, C, H, W], on the CPU; fewer than are to be shown are all shown.
         rows: Generated images.
         columns: One more than real images to show.
     """
-    z = noise(rows)
-    images = generate(network, z, cycle_labels(rows, num_classes, z))
-    real = real.to(images.device)
-    distances = torch.cdist(images.flatten(1).float(), real.flatten(1).float())  # [B, N]
-    nearest = distances.topk(columns - 1, largest=False).indices
-    together = torch.cat([images.unsqueeze(1), real[nearest]], dim=1)
-    return tile(together.flatten(0, 1), columns)
+    z, among = noise(rows), real()
+    images = generate(network, z, cycle_labels(range(rows), num_classes, z))
+    nearest = among[_nearest(images, among, columns - 1)]
+    together = torch.cat([images.cpu().unsqueeze(1), nearest], dim=1)
+    return tile(together.flatten(0, 1), together.size(1))
 
 
-def draw_all(
+def _nearest(images: Tensor, real: Tensor, count: int) -> Tensor:
+    """Numbers of the `count` real images nearest to each of `images`; int64 [B, n] on the CPU.
+
+    A few real images at a time are on the device of `images`, which is busy with training.
+    """
+    flat = images.flatten(1).float()
+    distances, numbers = flat.new_empty(len(flat), 0), torch.empty(len(flat), 0, dtype=torch.int64)
+    for first, chunk in enumerate(real.split(_IMAGES_AT_ONCE)):
+        others = chunk.to(flat.device).flatten(1).float()
+        # Without matrix products, whose rounding depends on how many images there are.
+        found = torch.cdist(flat, others, compute_mode="donot_use_mm_for_euclid_dist")
+        own = torch.arange(len(chunk)).expand(len(flat), -1) + first * _IMAGES_AT_ONCE
+        distances, numbers = torch.cat([distances, found], 1), torch.cat([numbers, own], 1)
+        kept = min(count, distances.size(1))
+        distances, places = distances.topk(kept, largest=False)
+        numbers = numbers.gather(1, places.cpu())
+    return numbers
+
+
+def num_compared(image_bytes: int, columns: int) -> int:
+    """How many real images `neighbours` are looked for among.
+
+    Args:
+        image_bytes: Size of one, uint8; all together are not to take much memory.
+        columns: Of the picture.
+    """
+    return min(_MOST_COMPARED, max(columns - 1, _COMPARED_BYTES // image_bytes))
+
+
+def drawings(
     network: Any,
     *,
     settings: Mapping[str, Mapping[str, Any] | None],
     noise: Noise,
     num_classes: int | None,
-    real: Tensor | None,
-) -> dict[str, Picture]:
-    """Draw the pictures that are asked for and possible.
+    real: Callable[[], Tensor],
+) -> dict[str, Callable[[], Picture]]:
+    """Give what draws the pictures that are asked for and possible.
 
     Args:
         network: The generator, `network(noise, labels)`, in evaluation mode; nobody changes its
@@ -201,19 +231,20 @@ def draw_all(
             follows `*` there; None: that one is left out.
         noise: Gives the first ones of a fixed sequence.
         num_classes: None: the network takes no labels, and there is no picture of `classes`.
-        real: uint8 [N, C, H, W]; None: there is no picture of `neighbours`.
+        real: As of `neighbours`.
 
     Returns:
-        The pictures by name.
+        Functions by the name of what they draw.
     """
     asked = {name: dict(chosen) for name, chosen in settings.items() if chosen is not None}
     if num_classes is None:
         asked.pop("classes", None)
-    if real is None:
-        asked.pop("neighbours", None)
-    elif "neighbours" in asked:
+    if "neighbours" in asked:
         asked["neighbours"]["real"] = real
-    return {name: DRAWINGS[name](network, noise, num_classes, **asked[name]) for name in asked}
+    return {
+        name: partial(DRAWINGS[name], network, noise, num_classes, **chosen)
+        for name, chosen in asked.items()
+    }
 
 
 DRAWINGS: dict[str, Callable[..., Picture]] = {
@@ -222,22 +253,42 @@ DRAWINGS: dict[str, Callable[..., Picture]] = {
 
 
 def check_pictures(settings: Mapping[str, Mapping[str, Any] | None]) -> None:
-    """Check `settings` of `draw_all`.
+    """Check `settings` of `drawings`.
 
     Raises:
-        ValueError: There is no picture of a name, or it has no room for an image.
+        ValueError: There is no picture of a name, it takes other settings, or it has no room for
+            an image.
     """
     for name, chosen in settings.items():
+        key = f"module.pictures.{name}"
         if name not in DRAWINGS:
             raise ValueError(
-                f"module.pictures.{name}={chosen} -> there is no such picture -> choose out of "
-                f"{', '.join(DRAWINGS)}"
+                f"{key}={chosen} -> there is no such picture -> choose out of {', '.join(DRAWINGS)}"
             )
-        for key in ("rows", "columns"):
-            least = 2 if (name, key) == ("neighbours", "columns") else 1
-            number = (chosen or {}).get(key, least)
-            if number < least:
+        if chosen is None:
+            continue
+        parameters = signature(DRAWINGS[name]).parameters.values()
+        keys = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "real"]
+        if not isinstance(chosen, Mapping) or {*chosen} != {*keys}:
+            raise ValueError(
+                f"{key}={chosen} -> it takes {' and '.join(keys)} -> give these and no others, or "
+                f"{key}=null for no such picture"
+            )
+        for setting, value in chosen.items():
+            if reason := _impossible(name, setting, value):
                 raise ValueError(
-                    f"module.pictures.{name}.{key}={number} -> there is no room for the images -> "
-                    f"choose {least} or more, or module.pictures.{name}=null for no such picture"
+                    f"{key}.{setting}={value} -> {reason}, or {key}=null for no such picture"
                 )
+
+
+def _impossible(name: str, setting: str, value: Any) -> str | None:
+    """Why a picture cannot have a setting, and what to choose."""
+    if setting == "psis":
+        are_numbers = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
+        return None if value and are_numbers else "a row for each of them -> list numbers"
+    least = 2 if (name, setting) == ("neighbours", "columns") else 1
+    if not isinstance(value, int) or value < least:
+        return f"there is no room for the images -> choose {least} or more"
+    if name == "neighbours" and value > _MOST_COMPARED + 1:
+        return f"there are {_MOST_COMPARED} real images to choose from -> choose fewer"
+    return None

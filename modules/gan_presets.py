@@ -118,3 +118,22 @@ def shape_from(preset: str, overrides: Mapping[str, Any]) -> GANShape:
     """
     chosen = {key: value for key, value in overrides.items() if value is not None}
     return choose(PRESETS, preset, chosen)
+
+
+def form_of(forms: Mapping[int, tuple[Any, ...]], resolution: int, has: str) -> tuple[Any, ...]:
+    """Look up what networks have at a resolution that they are published for.
+
+    Args:
+        forms: By resolution.
+        resolution: Pixels a side.
+        has: What the networks have, for messages.
+
+    Raises:
+        ValueError: There is none for the resolution.
+    """
+    if resolution not in forms:
+        raise ValueError(
+            f"datamodule.resolution={resolution} -> {has} for {', '.join(map(str, forms))} pixels "
+            "-> choose one of them, or a preset r3gan"
+        )
+    return forms[resolution]

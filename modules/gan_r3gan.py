@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.gan_initial_values import Draw, normal, scaled_normal, zeros
-from modules.gan_layers import Conv2d, Embedding, Linear, Network
+from modules.gan_layers import Conv2d, Discriminator, Embedding, Generator, Linear
 from modules.gan_presets import R3GANShape
 
 START = 4
@@ -162,8 +162,8 @@ def _stages(shape: R3GANShape, widths: list[int]) -> nn.ModuleList:
     )
 
 
-class R3GANGenerator(Network):
-    """Noise to images; a label's vector, as long as the noise, is appended to it.
+class R3GANGenerator(Generator):
+    """Noise to images, not bounded; a label's vector, as long as the noise, is appended to it.
 
     Args:
         shape: Architecture and sizes.
@@ -196,17 +196,7 @@ class R3GANGenerator(Network):
         """The residual blocks."""
         return [block for stage in self.stages for block in stage]  # type: ignore[attr-defined]
 
-    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Make images.
-
-        Args:
-            noise: [B, Z].
-            labels: int64 [B], or None where the network is unconditional.
-
-        Returns:
-            [B, C, H, W], not bounded.
-        """
-        self.check(labels)
+    def _make(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         if labels is not None:
             noise = torch.cat([noise, self.embedding(labels, noise.dtype)], dim=1)
         x = self.basis(noise)
@@ -218,7 +208,7 @@ class R3GANGenerator(Network):
         return self.output(x)
 
 
-class R3GANDiscriminator(Network):
+class R3GANDiscriminator(Discriminator):
     """Images to logits; with classes the inner product of features with a label's vector.
 
     Args:
@@ -255,17 +245,7 @@ class R3GANDiscriminator(Network):
         """The residual blocks."""
         return [block for stage in self.stages for block in stage]  # type: ignore[attr-defined]
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Judge images.
-
-        Args:
-            images: [B, C, H, W].
-            labels: int64 [B], or None where the network is unconditional.
-
-        Returns:
-            Logits [B].
-        """
-        self.check(labels)
+    def _judge(self, images: Tensor, labels: Tensor | None) -> Tensor:
         x = self.input(images)
         for index, stage in enumerate(self.stages):
             if index:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.gan_initial_values import glorot_uniform
-from modules.gan_layers import Conv2d, Embedding, Linear, Network
+from modules.gan_layers import Conv2d, Discriminator, Embedding, Generator, Linear
 from modules.gan_norms import BatchNorm
-from modules.gan_presets import SNGANShape
+from modules.gan_presets import SNGANShape, form_of
 
 START = 4
 """Rows and columns of what the generator's first layer makes."""
@@ -33,16 +33,6 @@ _FORMS = {
 Norm = partial(BatchNorm, momentum=0.1, epsilon=2e-5)
 """With Chainer's defaults."""
 _before_relu = partial(glorot_uniform, gain=math.sqrt(2))
-
-
-def _form(resolution: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    if resolution not in _FORMS:
-        known = ", ".join(map(str, _FORMS))
-        raise ValueError(
-            f"datamodule.resolution={resolution} -> an SNGAN has blocks for {known} pixels -> "
-            "choose one of them, or a preset r3gan"
-        )
-    return _FORMS[resolution]
 
 
 class UpBlock(nn.Module):
@@ -104,8 +94,8 @@ class DownBlock(nn.Module):
         return hidden + self.shortcut(x)
 
 
-class SNGANGenerator(Network):
-    """Noise to images.
+class SNGANGenerator(Generator):
+    """Noise to images within [-1, 1].
 
     Args:
         shape: Architecture and sizes.
@@ -121,7 +111,7 @@ class SNGANGenerator(Network):
         self, shape: SNGANShape, *, resolution: int, channels: int, num_classes: int | None
     ):
         super().__init__(num_classes)
-        widths, _, _ = _form(resolution)
+        widths, _, _ = form_of(_FORMS, resolution, "an SNGAN has blocks")
         widths = [shape.scaled(width) for width in widths]
         self.noise_size = shape.noise_size
         features = widths[0] * START**2
@@ -130,29 +120,14 @@ class SNGANGenerator(Network):
         self.norm = Norm(widths[-1], is_normalising=shape.norm == "batch")
         self.output = Conv2d(widths[-1], channels, 3, has_bias=True, draw=glorot_uniform)
 
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The residual blocks."""
-        return list(self.layers)
-
-    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Make images.
-
-        Args:
-            noise: [B, Z].
-            labels: int64 [B], or None where the network is unconditional.
-
-        Returns:
-            [B, C, H, W] within [-1, 1].
-        """
-        self.check(labels)
+    def _make(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         x = self.dense(noise).unflatten(1, (-1, START, START))  # [B, C, H, W]
         for layer in self.layers:
             x = layer(x, labels)
         return torch.tanh(self.output(F.relu(self.norm(x))))
 
 
-class SNGANDiscriminator(Network):
+class SNGANDiscriminator(Discriminator):
     """Images to logits; a label's vector is compared with the last features.
 
     Args:
@@ -169,7 +144,7 @@ class SNGANDiscriminator(Network):
         self, shape: SNGANShape, *, resolution: int, channels: int, num_classes: int | None
     ):
         super().__init__(num_classes)
-        _, widths, num_halving = _form(resolution)
+        _, widths, num_halving = form_of(_FORMS, resolution, "an SNGAN has blocks")
         widths = [channels, *(shape.scaled(width) for width in widths)]
         self.layers = nn.ModuleList(
             DownBlock(*pair, is_first=i == 0, is_halving=i < num_halving)
@@ -181,30 +156,12 @@ class SNGANDiscriminator(Network):
                 num_classes, widths[-1], draw=glorot_uniform, is_spectral=True
             )
 
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The residual blocks."""
-        return list(self.layers)
-
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Judge images.
-
-        Args:
-            images: [B, C, H, W].
-            labels: int64 [B], or None where the network is unconditional.
-
-        Returns:
-            Logits [B].
-        """
-        self.check(labels)
+    def _judge(self, images: Tensor, labels: Tensor | None) -> Tensor:
         x = images
         for layer in self.layers:
             x = layer(x)
         features = F.relu(x).sum((2, 3))  # [B, C]
-        logits = self.dense(features).sum(1)  # no view: FSDP2 warns of one
-        if labels is not None:
-            logits = logits + (self.embedding(labels, features.dtype) * features).sum(1)
-        return logits
+        return self._project(features, labels)
 
 
 def _double(x: Tensor) -> Tensor:

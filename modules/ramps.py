@@ -15,7 +15,7 @@ class Ramp:
 
     * `linear`: start + (end - start) t
     * `cosine`: end + (start - end) (1 + cos(pi t)) / 2, Loshchilov and Hutter 2016, arXiv
-      1608.03983, equation 5, as Huang et al. 2025, arXiv 2501.05441, use it for most of what a GAN
+      1608.03983, equation 5, as Huang et al. 2024, arXiv 2501.05441, use it for most of what a GAN
       is set to
 
     Args:

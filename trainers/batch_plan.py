@@ -92,12 +92,12 @@ def in_steps(settings: Mapping[str, Any], name: str, batch_samples: int) -> Any:
     """Give a cadence in optimizer steps, which may be set in images.
 
     Args:
-        settings: Have `<name>_images`, which goes first, and `<name>_steps`.
+        settings: Have `<name>_images`, which goes first, and `<name>_steps`, or only the former.
         name: Such as `val_every`.
         batch_samples: Images of a step; the cadence is rounded up to whole steps.
     """
     images = settings[f"{name}_images"]
-    return settings[f"{name}_steps"] if images is None else -(-images // batch_samples)
+    return settings.get(f"{name}_steps") if images is None else -(-images // batch_samples)
 
 
 def grad_accum(batch_samples: int, micro_batch: int | None, world_size: int) -> int:

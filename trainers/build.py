@@ -108,7 +108,7 @@ def build_trainer(
             Previews(directory / "samples"),
             Pictures(
                 directory / "samples",
-                every_samples=options["pictures_every_images"],
+                every_steps=in_steps(options, "pictures_every", plan["batch_samples"]),
                 batch_samples=plan["batch_samples"],
             ),
             checkpointing,

@@ -20,7 +20,13 @@ from trainers.strategies.deepspeed_settings import DECIDED_ELSEWHERE, KNOWN, UNU
 
 ZERO = "zero1, zero2, zero3, zero3_offload"
 ZERO_KEY = "strategy.make.config.zero_optimization"
-IMAGE_CADENCES = {"trainer": ("val_every",), "checkpoints": ("every", "keep_every")}
+IMAGE_CADENCES = {
+    "trainer.val_every_images": "use trainer.val_every_steps",
+    "trainer.pictures_every_images": "leave it at null, there are no pictures",
+    "checkpoints.every_images": "use checkpoints.every_steps",
+    "checkpoints.keep_every_images": "use checkpoints.keep_every_steps",
+}
+"""Cadences in images, and what to do about one where there are none."""
 HIGHEST_TWICE = 2  # stage of ZeRO at which a gradient can be differentiated once more
 
 
@@ -256,16 +262,15 @@ def _parts_left_to_lightning(launch: Launch) -> Facts:
 
 
 @rule(
-    "{key}={images} -> samples of this datamodule are no images -> use {steps}",
+    "{key}={images} -> samples of this datamodule are no images -> {remedy}",
 )
 def _images_of_none(launch: Launch) -> Facts:
     if launch.config["datamodule"].get(IMAGES_KEY):
         return None
-    for node, names in IMAGE_CADENCES.items():
-        for name in names:
-            if (images := launch.config[node][f"{name}_images"]) is not None:
-                key = f"{node}.{name}_images"
-                return {"key": key, "images": images, "steps": f"{node}.{name}_steps"}
+    for key, remedy in IMAGE_CADENCES.items():
+        node, name = key.split(".")
+        if (images := launch.config[node][name]) is not None:
+            return {"key": key, "images": images, "remedy": remedy}
     return None
 
 

@@ -2,8 +2,10 @@
 
 import io
 import shutil
+import warnings
 from itertools import islice
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 
 from datamodules import write
 from datamodules.facts import PreparedData
+from datamodules.image_files import open_image, read_pixels
 from datamodules.order import uniform
 from datamodules.tar import BadSampleError
 from tests.datamodules import by_hand
@@ -222,3 +225,35 @@ def test_image_that_cannot_be_decoded_is_a_bad_sample(
     assert torch.equal(found[3], intact[4])
     intact[3] = intact[4]
     assert torch.equal(found, intact)
+
+
+@pytest.mark.parametrize(("position", "byte"), [(8, 1), (21, 44), (26, 66)])
+def test_damaged_header_of_an_array_is_a_value_error(position: int, byte: int) -> None:
+    file = io.BytesIO()
+    np.save(file, draw_pixels(0))
+    content = bytearray(file.getvalue())
+    content[position] = byte
+    with pytest.raises((TokenError, SyntaxError, TypeError)):  # what numpy says
+        np.load(io.BytesIO(content))
+    with pytest.raises(ValueError, match=r"it is damaged or cut short \("):
+        read_pixels(memoryview(content), 3, is_array=True)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_image_of_too_many_pixels_is_refused_whatever_is_done_about_warnings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    filters, found, plain = list(warnings.filters), [], Image.open
+
+    def watched(*arguments: Any, **options: Any) -> Image.Image:
+        found.append(list(warnings.filters))
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", watched)
+    open_image(png(8, 8))
+    assert found == [filters]  # by which another thread may go just now
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 63)
+    with pytest.raises(ValueError, match="too many pixels: 8 x 8, and Pillow's limit is 63 pixels"):
+        open_image(png(8, 8))
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", None)
+    open_image(png(8, 8))

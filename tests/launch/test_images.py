@@ -62,6 +62,16 @@ def test_generate_writes_images_and_their_grid(image_run, compose, capfd, tmp_pa
     assert shades == [81, 101, 81]
 
 
+def test_many_images_are_made_and_written_a_few_at_a_time(image_run, compose, capfd, tmp_path):
+    settings = ["num_images=70", "classes=[0,1,2]", f"out={tmp_path / 'many'}"]
+    generate(compose("generate", overrides(image_run, *settings)))
+    assert "generating" in capfd.readouterr().out
+    files = sorted((tmp_path / "many").glob("0*.png"))
+    shades = [np.asarray(Image.open(file))[0, 0] for file in files]
+    assert shades == [shades[0] + 10 * (number % 3) for number in range(70)]
+    assert np.asarray(Image.open(tmp_path / "many" / "grid.png")).shape == (4, 64 * 4, 3)
+
+
 def test_generate_refuses_what_belongs_to_text(image_run, compose):
     for given in ("prompt=a", "temperature=1", "num_sequences=2", "stop=true"):
         key, _, _ = given.partition("=")

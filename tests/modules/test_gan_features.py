@@ -57,11 +57,25 @@ def test_classifier_is_a_function_of_its_seed_and_of_nothing_else(by_labels, dat
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in by_labels.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+    assert again.name == by_labels.name
     other = make(num_classes=10, seed=2)
     assert not torch.equal(
         other._initial_weights(torch.Generator().manual_seed(2))["head"],
         again._initial_weights(torch.Generator().manual_seed(1))["head"],
     )
+
+
+def test_classifier_is_named_by_its_training_and_its_weights(by_labels):
+    words = by_labels.name.split("|")
+    assert words[:4] == ["classifier-of-10-labels", "images:1400", "steps:300", "seed:1"]
+    restored = make(num_classes=10)
+    assert restored.name != by_labels.name  # yet to be trained
+    restored.load_state_dict(by_labels.state_dict())
+    assert restored.name == by_labels.name
+    restored.get_buffer("weight0")[0, 0, 0, 0] += 1e-3  # trained on other images, say
+    assert restored.name.split("|")[:4] == words[:4]
+    assert restored.name != by_labels.name
+    assert make(num_classes=None).name.startswith("classifier-of-turns|")
 
 
 def test_trained_classifier_lives_in_the_state_and_no_optimizer_finds_it(by_labels, data):

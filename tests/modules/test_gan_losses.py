@@ -126,7 +126,7 @@ def test_relativistic_loss_does_not_see_a_constant():
 
 
 def test_unknown_loss_is_refused():
-    with pytest.raises(ValueError, match=r"module\.loss=lsgan -> unknown -> choose one of sat"):
+    with pytest.raises(ValueError, match=r"module\.loss\.name=lsgan -> unknown -> choose one"):
         check_loss("lsgan")
     check_loss("hinge")
 

@@ -215,12 +215,12 @@ def test_labels_matter_and_are_asked_for(preset):
         out, other = network(x, LABELS), network(x, torch.tensor([0, 2, 2, 0]))
         assert not torch.allclose(out[3], other[3])
         with pytest.raises(
-            ValueError, match=r"module.num_classes=3 -> no labels were given to a con"
+            ValueError, match=r"module.conditional=true -> no labels were given to a con"
         ):
             network(x)
     for network in build_smallest(preset):
         with pytest.raises(
-            ValueError, match=r"module.num_classes=None -> labels were given to an uncon"
+            ValueError, match=r"module.conditional=false -> labels were given to an uncon"
         ):
             network(inputs(network, preset)[0], LABELS)
 

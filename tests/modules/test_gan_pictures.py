@@ -7,11 +7,12 @@ from modules.gan_pictures import (
     check_pictures,
     classes,
     cycle_labels,
-    draw_all,
+    drawings,
     generate,
     grid,
     interpolation,
     neighbours,
+    num_compared,
     slerp,
     tile,
     to_bytes,
@@ -115,13 +116,41 @@ def test_rows_of_classes_have_the_same_noises():
     assert np.array_equal(picture, shade_of(noise + np.array([[0], [0.1], [0.2]])))
 
 
+def beside_generated(real, columns):
+    return shades(neighbours(Painter(), draws, None, real=lambda: real, rows=3, columns=columns))
+
+
 def test_nearest_real_images_stand_beside_generated_ones():
-    real = torch.arange(0, 256, 5, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, SIZE, SIZE)
-    picture = shades(neighbours(Painter(), draws, None, real=real, rows=3, columns=3)).astype(int)
-    for generated, nearest, second in picture:
-        assert abs(generated - nearest) <= 2
-        assert abs(generated - nearest) <= abs(generated - second) <= 5
-        assert {nearest % 5, second % 5} == {0}
+    shade = torch.randperm(256, generator=torch.Generator().manual_seed(1)).byte()  # four chunks
+    real = shade.view(-1, 1, 1, 1).expand(-1, 1, SIZE, SIZE)
+    picture = beside_generated(real, 4).astype(int)
+    for generated, *found in picture:
+        assert found[0] == generated  # the copy
+        assert {*found[1:]} == {generated - 1, generated + 1}
+    assert {*picture[:, 0].tolist()} == {*shade_of(draws(3)[:, 0]).tolist()}
+
+
+def test_no_more_neighbours_stand_there_than_there_are_real_images():
+    real = torch.tensor([0, 255]).byte().view(-1, 1, 1, 1).expand(-1, 1, SIZE, SIZE)
+    assert beside_generated(real, 6).shape == (3, 3)
+
+
+def test_real_images_are_floats_a_few_at_a_time(monkeypatch):
+    sizes, plain = [], torch.cdist
+
+    def watched(one, other, **options):
+        sizes.append(len(other))
+        return plain(one, other, **options)
+
+    monkeypatch.setattr(torch, "cdist", watched)
+    beside_generated(torch.zeros(150, 1, SIZE, SIZE, dtype=torch.uint8), 3)
+    assert sizes == [64, 64, 22]
+
+
+def test_few_large_images_are_compared_and_many_small_ones():
+    assert num_compared(28 * 28, 6) == 4096
+    assert num_compared(3 * 256 * 256, 6) == 341  # 64 MiB
+    assert num_compared(64 * 2**20, 6) == 5  # what is shown
 
 
 SETTINGS = {
@@ -134,38 +163,57 @@ SETTINGS = {
 
 
 def test_pictures_that_are_asked_for_and_possible_are_drawn():
+    def settle(settings, num_classes):
+        return drawings(
+            network, settings=settings, noise=draws, num_classes=num_classes, real=lambda: real
+        )
+
     real = torch.zeros(4, 1, SIZE, SIZE, dtype=torch.uint8)
     network = Painter()
-    every = draw_all(network, settings=SETTINGS, noise=draws, num_classes=3, real=real)
+    every = settle(SETTINGS, 3)
     assert [*every] == [*SETTINGS]
-    assert np.array_equal(every["grid"], grid(network, draws, 3, rows=2, columns=2))
-    bare = draw_all(network, settings=SETTINGS, noise=draws, num_classes=None, real=None)
-    assert [*bare] == ["grid", "interpolation", "truncation"]
-    few = {**SETTINGS, "truncation": None}
-    assert "truncation" not in draw_all(
-        network, settings=few, noise=draws, num_classes=3, real=real
-    )
+    assert not network.batches  # nothing before it is asked for
+    for name, columns in (("grid", 2), ("neighbours", 2)):
+        assert shades(every[name]()).shape[1] == columns
+    assert np.array_equal(every["grid"](), grid(network, draws, 3, rows=2, columns=2))
+    assert [*settle(SETTINGS, None)] == ["grid", "interpolation", "truncation", "neighbours"]
+    assert "truncation" not in settle({**SETTINGS, "truncation": None}, 3)
 
 
-def test_impossible_pictures_are_refused():
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"grind": {}}, r"module.pictures.grind=\{\} -> there is no such"),
+        ({"grid": 5}, r"pictures.grid=5 -> it takes rows and columns -> "),
+        ({"grid": {"rows": 2}}, r"pictures.grid=\{'rows': 2\} -> it takes rows and columns -> "),
+        ({"classes": {"rows": 2, "columns": 2}}, r"pictures.classes=.* -> it takes columns -> "),
+        ({"neighbours": {"rows": 1, "columns": 2, "real": 3}}, r"takes rows and columns -> "),
+        ({"grid": {"rows": 0, "columns": 2}}, r"grid.rows=0 -> there is no room .* 1 or more, or"),
+        ({"grid": {"rows": "two", "columns": 2}}, r"grid.rows=two -> there is no room"),
+        ({"neighbours": {"rows": 1, "columns": 1}}, r"neighbours.columns=1 -> .* choose 2 or more"),
+        ({"neighbours": {"rows": 1, "columns": 4098}}, r"columns=4098 -> there are 4096 real"),
+        ({"truncation": {"psis": [], "columns": 2}}, r"psis=\[\] -> a row for each .* numbers, or"),
+        ({"truncation": {"psis": ["a"], "columns": 2}}, r"psis=\['a'\] -> a row for each of them"),
+    ],
+)
+def test_impossible_pictures_are_refused(settings, message):
     check_pictures({**SETTINGS, "grid": None})
-    with pytest.raises(ValueError, match=r"module.pictures.grind=\{\} -> there is no such"):
-        check_pictures({"grind": {}})
-    with pytest.raises(ValueError, match=r"pictures.grid.rows=0 -> there is no room .* 1 or more"):
-        check_pictures({"grid": {"rows": 0, "columns": 2}})
-    with pytest.raises(ValueError, match=r"neighbours.columns=1 -> .* choose 2 or more"):
-        check_pictures({"neighbours": {"rows": 1, "columns": 1}})
+    with pytest.raises(ValueError, match=message):
+        check_pictures(settings)
 
 
 def test_classes_are_chosen_among_those_of_the_network():
     like = torch.zeros(1)
-    assert cycle_labels(5, None, like) is None
+    assert cycle_labels(range(5), None, like) is None
     for chosen, expected in ((None, [0, 1, 2, 0, 1]), ([2, 0], [2, 0, 2, 0, 2])):
-        labels = cycle_labels(5, 3, like, chosen)
+        labels = cycle_labels(range(5), 3, like, chosen)
         assert labels is not None
         assert labels.tolist() == expected
+        later = cycle_labels(range(2, 5), 3, like, chosen)
+        assert later is not None
+        assert later.tolist() == expected[2:]
     with pytest.raises(ValueError, match=r"classes=\[3\] -> the run's networks know no classes"):
-        cycle_labels(5, None, like, [3])
+        cycle_labels(range(5), None, like, [3])
     for wrong in ([9], [], 3, ["a"], [-1]):
         with pytest.raises(ValueError, match=r"classes=.* -> classes are numbers from 0 to 8"):
-            cycle_labels(5, 9, like, wrong)
+            cycle_labels(range(5), 9, like, wrong)

@@ -140,6 +140,20 @@ def test_page_shows_the_table():
 
 
 @pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("trainer.pictures_every_images", "leave it at null, there are no pictures"),
+        ("checkpoints.every_images", "use checkpoints.every_steps"),
+        ("checkpoints.keep_every_images", "use checkpoints.keep_every_steps"),
+    ],
+)
+def test_cadence_in_images_is_refused_where_there_are_none(check, key, remedy):
+    message = rf"{key}=100 -> samples of this datamodule are no images -> {remedy}$"
+    with pytest.raises(ValueError, match=message):
+        check([f"{key}=100"], 1, None)
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("~module.optimizer", "gradient_clip -> it is not there"),

@@ -1,6 +1,7 @@
 """Pictures beside training, with stand-ins for trainer and module; order by events, not by time."""
 
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from trainers.callbacks.pictures import Pictures
 from trainers.metrics import StampedLogger
 
 BATCH = 8
+VAL_EVERY_STEPS = 7
 
 
 class Recorder(StampedLogger):
@@ -34,43 +36,47 @@ class Recorder(StampedLogger):
 
 
 class Module:
-    """Draws the number of the step that its picture was begun at; waits for `gate` to do so."""
+    """Draws the number of the step that its picture was begun at; waits for `gate` to do so.
+
+    `broken` are names of pictures that cannot be drawn.
+    """
 
     def __init__(self):
         self.begun, self.threads = [], set()
         self.gate = threading.Event()
         self.gate.set()
-        self.error = None
+        self.broken = ()
 
     def pictures(self):
         step, self.threads = self.trainer.global_step, self.threads | {threading.current_thread()}
         self.begun.append(step)
 
-        def draw():
+        def draw(name):
             assert self.gate.wait(timeout=20)
-            if self.error:
-                raise self.error
-            return {name: np.full((4, 6, 3), step, np.uint8) for name in ("grid", "classes")}
+            if name in self.broken:
+                raise ZeroDivisionError("of its own")
+            return np.full((4, 6, 3), step, np.uint8)
 
-        return draw
+        return {name: partial(draw, name) for name in ("grid", "classes")}
 
 
 @pytest.fixture
 def start(tmp_path):
     """Make a run: its callback, trainer, module and logger."""
 
-    def start_run(every_samples=None, step=0, module=None, accum=1, rank=0):
+    def start_run(every_steps=None, step=0, module=None, accum=1, rank=0):
         logger, module = Recorder(), module or Module()
         trainer = SimpleNamespace(
             global_step=step,
             is_global_zero=rank == 0,
             accumulate_grad_batches=accum,
+            val_check_interval=VAL_EVERY_STEPS * accum,
             loggers=[logger],
             state=SimpleNamespace(fn="fit"),
         )
         module.trainer = trainer
         samples = tmp_path / "samples"
-        callback = Pictures(samples, every_samples=every_samples, batch_samples=BATCH)
+        callback = Pictures(samples, every_steps=every_steps, batch_samples=BATCH)
         callback.on_train_start(trainer, module)
         return SimpleNamespace(callback=callback, trainer=trainer, module=module, logger=logger)
 
@@ -95,18 +101,18 @@ def folders(tmp_path):
 
 
 @pytest.mark.parametrize("accum", [1, 3])
-def test_pictures_come_every_so_many_images(start, tmp_path, accum):
-    run = start(every_samples=20, accum=accum)  # 20, 40, 60, 80 images: in steps 3, 5, 8, 10
+def test_pictures_come_every_so_many_steps(start, tmp_path, accum):
+    run = start(every_steps=3, accum=accum)
     take_steps(run, 10)
     finish(run)
-    assert run.module.begun == [3, 5, 8, 10]
-    assert folders(tmp_path) == [f"images-{8 * step:09d}" for step in (3, 5, 8, 10)]
-    picture = np.asarray(Image.open(tmp_path / "samples" / "images-000000040" / "grid.png"))
-    assert np.array_equal(picture, np.full((4, 6, 3), 5, np.uint8))
+    assert run.module.begun == [3, 6, 9, 10]
+    assert folders(tmp_path) == [f"images-{8 * step:09d}" for step in (3, 6, 9, 10)]
+    picture = np.asarray(Image.open(tmp_path / "samples" / "images-000000048" / "grid.png"))
+    assert np.array_equal(picture, np.full((4, 6, 3), 6, np.uint8))
 
 
 def test_pictures_come_after_validations_and_at_the_end_once_a_step(start):
-    run = start(every_samples=16)
+    run = start(every_steps=2)
     take_steps(run, 2)
     run.callback.on_validation_end(run.trainer, run.module)
     take_steps(run, 1)
@@ -122,22 +128,32 @@ def test_pictures_come_after_validations_and_at_the_end_once_a_step(start):
 
 
 def test_resumed_run_draws_nothing_again_and_what_a_crash_took(start, tmp_path):
-    run = start(every_samples=16)
+    run = start(every_steps=2)
     take_steps(run, 4)
     run.callback.on_exception(run.trainer, run.module, KeyboardInterrupt())
-    again = start(every_samples=16, step=4)
+    again = start(every_steps=2, step=4)
     take_steps(again, 2)
     finish(again)
     assert again.module.begun == [6]
     (tmp_path / "samples" / "images-000000048").rename(tmp_path / "samples" / ".images-48.partial")
-    crashed = start(every_samples=16, step=6)
+    crashed = start(every_steps=2, step=6)
     assert crashed.module.begun == [6]
-    finish(crashed)
+    # Before `on_train_start` is over: the data's workers are forked next.
+    assert crashed.logger.pictures == [(48, ["grid", "classes"])]
     assert folders(tmp_path) == [f"images-{8 * step:09d}" for step in (2, 4, 6)]
+    finish(crashed)
+
+
+@pytest.mark.parametrize("accum", [1, 3])
+def test_resumed_run_draws_what_a_crash_took_of_a_validation(start, accum):
+    for step, begun in ((VAL_EVERY_STEPS, [VAL_EVERY_STEPS]), (VAL_EVERY_STEPS - 1, []), (0, [])):
+        run = start(step=step, accum=accum)
+        assert run.module.begun == begun
+        run.callback.on_exception(run.trainer, run.module, KeyboardInterrupt())
 
 
 def test_training_goes_on_while_pictures_are_drawn_and_waits_for_the_third_of_them(start):
-    run = start(every_samples=8)
+    run = start(every_steps=1)
     run.module.gate.clear()
     take_steps(run, 2)  # comes back, although nothing is drawn
     assert run.module.begun == [1, 2]
@@ -156,7 +172,7 @@ def test_training_goes_on_while_pictures_are_drawn_and_waits_for_the_third_of_th
 
 @pytest.mark.parametrize("how", ["ends", "fails"])
 def test_run_ends_with_its_pictures_and_without_their_thread(start, tmp_path, how):
-    run = start(every_samples=16)
+    run = start(every_steps=2)
     run.module.gate.clear()
     take_steps(run, 2)
     opener = threading.Timer(0.2, run.module.gate.set)
@@ -172,25 +188,42 @@ def test_run_ends_with_its_pictures_and_without_their_thread(start, tmp_path, ho
     assert not [t for t in threading.enumerate() if t.name.startswith("pictures")]
 
 
-def test_picture_that_cannot_be_drawn_is_a_warning(start, tmp_path):
-    run = start(every_samples=8)
-    run.module.error = ZeroDivisionError("of its own")
+def test_picture_that_cannot_be_drawn_is_a_warning_and_leaves_the_others(start, tmp_path):
+    run = start(every_steps=1)
+    run.module.broken = ("grid",)
     take_steps(run, 1)
-    with pytest.warns(UserWarning, match="pictures after 8 images .* goes on: ZeroDivisionError: "):
+    reason = "8 images: grid could not .* goes on: ZeroDivisionError: of its own"
+    with pytest.warns(UserWarning, match=reason):
         run.callback._finish_oldest(run.trainer)
-    run.module.error = None
+    assert [file.name for file in (tmp_path / "samples").glob("*/*")] == ["classes.png"]
+    run.module.broken = ("grid", "classes")
+    take_steps(run, 1)
+    with pytest.warns(UserWarning, match="16 images: ") as warned:
+        run.callback._finish_oldest(run.trainer)
+    assert len(warned) == 2
+    assert folders(tmp_path) == ["images-000000008"]  # and nothing half done
+    run.module.broken = ()
     take_steps(run, 1)
     finish(run)
-    assert [num_images for num_images, _ in run.logger.pictures] == [16]
-    assert "images-000000008" not in folders(tmp_path)
+    assert run.logger.pictures == [(8, ["classes"]), (24, ["grid", "classes"])]
+
+
+def test_folder_that_cannot_be_written_is_a_warning(start, tmp_path):
+    run = start(every_steps=1)
+    (tmp_path / "samples").write_text("no folder")
+    take_steps(run, 1)
+    with pytest.warns(UserWarning, match="8 images: all could not be .*: (NotADir|FileExists)"):
+        run.callback._finish_oldest(run.trainer)
+    finish(run)
+    assert not run.logger.pictures
 
 
 def test_other_ranks_and_modules_without_pictures_do_nothing(start, tmp_path):
-    other = start(every_samples=8, rank=1)
+    other = start(every_steps=1, rank=1)
     take_steps(other, 2)
     finish(other)
     assert not other.module.begun
-    without = start(every_samples=8, module=SimpleNamespace())
+    without = start(every_steps=1, module=SimpleNamespace())
     take_steps(without, 2)
     finish(without)
     assert not (tmp_path / "samples").exists()
