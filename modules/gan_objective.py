@@ -51,6 +51,10 @@ class Objective:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"module.{key}={value} -> it is a number of rounds -> 1 or more")
         self.one_noise: bool = loss["one_noise"]
+        if not isinstance(self.one_noise, bool):
+            raise ValueError(
+                f"module.loss.one_noise={self.one_noise} -> yes or no -> true or false"
+            )
         self.weights = {
             name: Ramp(penalty[name], key=f"module.penalty.{name}", max_images=max_images)
             for name in PENALTIES

@@ -50,8 +50,11 @@ class Rates:
                 f"module.optimizer.name={name} -> not for networks of convolutions that take turns "
                 f"-> choose one of {', '.join(OPTIMIZERS)}"
             )
-        if not 0 <= beta1 < 1:
-            raise ValueError(f"module.optimizer.beta1={beta1} -> a share -> 0 to below 1")
+        for key, share in {"beta1": beta1, "momentum": momentum}.items():
+            if not 0 <= share < 1:
+                raise ValueError(f"module.optimizer.{key}={share} -> a share -> 0 to below 1")
+        if eps < 0:
+            raise ValueError(f"module.optimizer.eps={eps} -> added to a root -> 0 or more")
         self.name, self.beta1, self.eps, self.momentum = name, beta1, eps, momentum
         settings = {
             "generator": ("lr", lr),
@@ -64,6 +67,8 @@ class Rates:
             for part, (key, value) in settings.items()
         }
         self.beta2 = Ramp(beta2, "module.optimizer.beta2", max_images, bounds=(0, 1))
+        if 1 in (self.beta2.start, self.beta2.end):
+            raise ValueError(f"module.optimizer.beta2={beta2} -> forgets nothing -> below 1")
         self.lazy_steps = lazy_steps
 
     def build(self, part: str, parameters: Iterator[nn.Parameter]) -> Optimizer:
