@@ -16,7 +16,9 @@ FREE_KEYS = (
     "corpus.train", "corpus.val", "corpus.test",  # paths, of pairs
     "corpus.val_path", "corpus.test_path",  # of images
     "data.path", "data.settings", "data.sources.*.path",
-    "module.preview", "module.generation", "module.scores", "module.pictures",  # of evaluations
+    "module.preview", "module.generation", "module.pictures",  # of evaluations
+    "module.scores.names", "module.scores.bleu_tokenize", "module.scores.max_samples",
+    "module.scores.num_rows",
     "checkpoint", "checkpoints", "resume", "plan",
 )  # fmt: skip
 # Keys that runs begun before there were such did not have. Whatever they say now, those runs were

@@ -15,16 +15,13 @@ from datamodules.batch import KeyedImageBatch
 from modules.gan_augmentation import Augmentation
 from modules.gan_average import MovingAverage, Purpose, to_floats
 from modules.gan_evaluation import EvaluatedGAN
-from modules.gan_losses import interpolate
-from modules.gan_networks import build_networks
-from modules.gan_norms import sync_statistics
-from modules.gan_objective import Judged, Objective
+from modules.gan_networks import build_networks, choose_classes, refuse_lone_images
+from modules.gan_norms import SYNCED, check_batch_norm, sync_statistics
+from modules.gan_objective import Judged, Objective, judge_penalised
 from modules.gan_optimization import Rates
 from modules.gan_pictures import check_pictures
 from modules.gan_scores import ImageScores
 from modules.keyed_draws import normal
-
-SYNCED, PER_RANK = "synced", "per_rank"
 
 
 class GAN(EvaluatedGAN):
@@ -52,11 +49,11 @@ class GAN(EvaluatedGAN):
         ema: `half_life_images` and `ramp_up` of the moving average.
         optimizer: Arguments of `modules.gan_optimization.Rates`, and `gradient_clip`, which the
             trainer reads.
-        batch_norm: `synced` (over ranks, on CUDA) or `per_rank`.
+        batch_norm: `synced` (over ranks) or `per_rank`.
         scores: Arguments of `modules.gan_scores.ImageScores`.
         pictures: Settings of `modules.gan_pictures.draw_all`.
         monitor: The metric that decides which checkpoint is best, for the trainer.
-        plan: `batch_samples` and `max_samples` of the run; a sample is an image.
+        plan: `batch_samples`, `max_samples` and `micro_batch` of the run; a sample is an image.
         seed: Of the initial values and of all that is drawn for evaluations.
 
     Raises:
@@ -86,14 +83,8 @@ class GAN(EvaluatedGAN):
     ):
         super().__init__()
         self.automatic_optimization = False
-        if conditional and num_classes is None:
-            raise ValueError(
-                "module.conditional=true -> the data has no labels -> give labelled images "
-                "(docs/data.md), or set it to false"
-            )
-        if batch_norm not in (SYNCED, PER_RANK):
-            raise ValueError(f"module.batch_norm={batch_norm} -> unknown -> {SYNCED} or {PER_RANK}")
-        self.num_classes = num_classes if conditional else None
+        self.num_classes = choose_classes(num_classes, conditional=conditional)
+        check_batch_norm(batch_norm)
         self.batch_images, max_images = plan["batch_samples"], plan["max_samples"]
         self.generator, self.discriminator = build_networks(
             preset,
@@ -103,6 +94,7 @@ class GAN(EvaluatedGAN):
             num_classes=self.num_classes,
             seed=seed,
         )
+        refuse_lone_images(self.generator, plan["micro_batch"])
         self.ema = MovingAverage(
             self.generator,
             **ema,
@@ -139,11 +131,10 @@ class GAN(EvaluatedGAN):
         return ("discriminator",) if self.objective.penalises else ()
 
     def configure_model(self) -> None:
-        """Let batch norm see the images of all ranks, where that is asked for: on CUDA."""
-        is_cuda = self.trainer.strategy.root_device.type == "cuda"
+        """Let batch norm see the images of all ranks, where that is asked for."""
+        is_synced = self.batch_norm == SYNCED and self.trainer.world_size > 1
         for part in self.parts.values():
-            several = is_cuda and self.trainer.world_size > 1
-            sync_statistics(part, several and self.batch_norm == SYNCED)
+            sync_statistics(part, is_synced)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """One optimizer for each part; rates are set before each round."""
@@ -159,7 +150,7 @@ class GAN(EvaluatedGAN):
             batch_idx: Unused.
 
         Returns:
-            Sums over images and their number, of what the class says.
+            Sums over images and their number, of what the class says and the round has.
         """
         step, images = self.global_step, self.global_step * self.batch_images
         objective, self._report = self.objective, {}
@@ -212,23 +203,23 @@ class GAN(EvaluatedGAN):
         self, shared: Tensor | None, images: int, batch: KeyedImageBatch
     ) -> Tensor:
         penalised = () if self.objective.is_lazy else self.objective.penalised
+        real = to_floats(batch["images"])
         fakes = self._detached_fakes(batch) if shared is None else shared.detach()
         with self._full_precision(bool(penalised)):
-            real, fake = self._judge_both(batch, fakes, penalised)
+            real, fake = self._judge_both(real, fakes.float(), batch, penalised)
             terms = self.objective.discriminator(real.logits, fake.logits)
             self._note(discriminator_loss=terms, real_score=real.logits, fake_score=fake.logits)
             # One logit has no meaning where the loss compares two.
             margin = real.logits - fake.logits if self.objective.pairs else real.logits
             self._note(real_sign=margin.sign() + 0 * margin)  # what is no number has the sign 0
-            return terms + self._penalty(images, batch, real, fake) if penalised else terms
+            if penalised:
+                terms = terms + self._penalty(images, batch, fakes, {"r1": real, "r2": fake})
+        return terms
 
     def _penalty_terms(self, images: int, batch: KeyedImageBatch) -> Tensor:
-        fakes = self._detached_fakes(batch)
+        fakes = self._detached_fakes(batch) if self.objective.penalises_fakes else None
         with self._full_precision():
-            real, fake = self._judge_both(batch, fakes, self.objective.penalised)
-            penalty = self._penalty(images, batch, real, fake)
-        # Every parameter has a gradient, of 0 where none is penalised: ranks exchange all of them.
-        return self.objective.every_steps * penalty + 0 * (real.logits + fake.logits)
+            return self.objective.every_steps * self._penalty(images, batch, fakes, {})
 
     def _generator_terms(self, shared: Tensor | None, batch: KeyedImageBatch) -> Tensor:
         purpose = Purpose.NOISE if self.objective.one_noise else Purpose.FRESH_NOISE
@@ -246,28 +237,36 @@ class GAN(EvaluatedGAN):
             return self.fakes(batch, Purpose.NOISE)
 
     def _judge_both(
-        self, batch: KeyedImageBatch, fakes: Tensor, penalised: Sequence[str]
+        self, real: Tensor, fakes: Tensor, batch: KeyedImageBatch, penalised: Sequence[str]
     ) -> tuple[Judged, Judged]:
-        """Real images and fakes with their logits; they require gradients where penalised."""
-        real = to_floats(batch["images"]).requires_grad_("r1" in penalised)
-        fake = fakes.float().requires_grad_("r2" in penalised)
-        images = {Purpose.REAL: real, Purpose.FAKE: fake}
-        shown = [self.augmentation(x, batch["keys"], purpose) for purpose, x in images.items()]
-        labels = self._labels(batch)
-        if penalised:  # apart, or one kind's second derivative would cost as much as both
-            logits = [self.discriminator(x, labels).float() for x in shown]
+        """Apart where one is penalised, for the second derivative of both would cost twice."""
+        if penalised:
+            real, fakes = (
+                real.requires_grad_("r1" in penalised),
+                fakes.requires_grad_("r2" in penalised),
+            )
+            kinds = ((real, Purpose.REAL), (fakes, Purpose.FAKE))
+            logits = [self.judge(images, batch, purpose) for images, purpose in kinds]
         else:
+            shown = self.augmentation(real, batch["keys"], Purpose.REAL)
+            shown = torch.cat([shown, self.augmentation(fakes, batch["keys"], Purpose.FAKE)])
+            labels = self._labels(batch)
             twice = None if labels is None else labels.repeat(2)
-            logits = self.discriminator(torch.cat(shown), twice).float().chunk(2)
-        return Judged(real, logits[0]), Judged(fake, logits[1])
+            logits = self.discriminator(shown, twice).float().chunk(2)
+        return Judged(real, logits[0]), Judged(fakes, logits[1])
 
-    def _penalty(self, images: int, batch: KeyedImageBatch, real: Judged, fake: Judged) -> Tensor:
-        def between() -> Judged:
-            mixed = interpolate(real.images, fake.images, batch["keys"], Purpose.INTERPOLATION)
-            mixed = mixed.detach().requires_grad_()
-            return Judged(mixed, self.discriminator(mixed, self._labels(batch)).float())
-
-        penalty = self.objective.penalty(images, real, fake, between)
+    def _penalty(
+        self, images: int, batch: KeyedImageBatch, fakes: Tensor | None, known: Mapping[str, Judged]
+    ) -> Tensor:
+        judged = judge_penalised(
+            self.objective.penalised,
+            lambda points, purpose: self.judge(points, batch, purpose),
+            known=known,
+            real=to_floats(batch["images"]),
+            fakes=fakes,
+            keys=batch["keys"],
+        )
+        penalty = self.objective.penalty(images, judged)
         self._note(penalty=penalty)
         return penalty
 

@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     FAKE = 4
     FRESH_FAKE = 5
     INTERPOLATION = 6
+    MIXED = 7
 
 
 class MovingAverage(nn.Module):

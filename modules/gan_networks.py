@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from modules.gan_dcgan import DCGANDiscriminator, DCGANGenerator
 from modules.gan_layers import Network
+from modules.gan_norms import BatchNorm
 from modules.gan_presets import DCGANShape, R3GANShape, SNGANShape, shape_from
 from modules.gan_r3gan import R3GANDiscriminator, R3GANGenerator
 from modules.gan_sngan import SNGANDiscriminator, SNGANGenerator
@@ -50,3 +53,37 @@ def build_networks(
     generator.initialise("generator", seed)
     discriminator.initialise("discriminator", seed)
     return generator, discriminator
+
+
+def choose_classes(num_classes: int | None, *, conditional: bool) -> int | None:
+    """Number of classes that networks know: those of the data, or None.
+
+    Args:
+        num_classes: Of the data; None where it has no labels.
+        conditional: Whether to train on labels.
+
+    Raises:
+        ValueError: There are none to train on.
+    """
+    if not isinstance(conditional, bool):
+        raise ValueError(f"module.conditional={conditional} -> yes or no -> true or false")
+    if conditional and num_classes is None:
+        raise ValueError(
+            "module.conditional=true -> the data has no labels -> give labelled images "
+            "(docs/data.md), or set it to false"
+        )
+    return num_classes if conditional else None
+
+
+def refuse_lone_images(network: nn.Module, micro_batch: int) -> None:
+    """Refuse batch norm over one image.
+
+    Raises:
+        ValueError: It would have no statistics.
+    """
+    norms = (module for module in network.modules() if isinstance(module, BatchNorm))
+    if micro_batch == 1 and any(norm.is_normalising for norm in norms):
+        raise ValueError(
+            "micro_batch=1 -> batch norm of the generator has one image to take statistics of -> "
+            "use 2 or more, or module.network.norm=none"
+        )

@@ -16,6 +16,9 @@ from modules.gan_initial_values import Draw, ones, zeros
 START_ITERATIONS = 15
 """Power iterations on initial values, as torch makes; a training step then makes one."""
 
+SYNCED, PER_RANK = "synced", "per_rank"
+"""Whether batch norm sees the images of all ranks, or each rank its own."""
+
 
 class WideBuffers(nn.Module):
     """Keeps its buffers in fp32 where a network is cast to bf16 or fp16 as a whole.
@@ -188,3 +191,13 @@ def sync_statistics(network: nn.Module, is_synced: bool) -> None:
     for module in network.modules():
         if isinstance(module, BatchNorm):
             module.is_synced = is_synced
+
+
+def check_batch_norm(setting: str) -> None:
+    """Refuse what is neither `SYNCED` nor `PER_RANK`.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if setting not in (SYNCED, PER_RANK):
+        raise ValueError(f"module.batch_norm={setting} -> unknown -> choose {SYNCED} or {PER_RANK}")

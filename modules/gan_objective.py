@@ -1,6 +1,6 @@
 """What a GAN minimises in the phases of a round: adversarial losses, penalties of a gradient."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from modules import gan_losses
+from modules.gan_average import Purpose
 from modules.ramps import Ramp
 
 PENALTIES = ("r1", "r2", "gradient")
@@ -67,6 +68,11 @@ class Objective:
         return bool(self.penalised)
 
     @property
+    def penalises_fakes(self) -> bool:
+        """Whether penalties take images of the generator."""
+        return self.penalised != ["r1"]
+
+    @property
     def is_lazy(self) -> bool:
         """Whether penalties are an update of their own."""
         return self.penalises and self.every_steps > 1
@@ -89,29 +95,56 @@ class Objective:
         """Loss of the generator [B] by the logits [B]; `real` where `pairs`."""
         return gan_losses.generator_loss(self.name, fake, real)
 
-    def penalty(
-        self,
-        images_seen: int,
-        real: Judged,
-        fake: Judged,
-        between: Callable[[], Judged],
-    ) -> Tensor:
+    def penalty(self, images_seen: int, judged: Mapping[str, Judged]) -> Tensor:
         """Sum of the penalties [B], not yet times `every_steps`.
 
         Args:
             images_seen: Before this round; weights may change with it.
-            real: Of the data; images require gradients where `r1` is penalised.
-            fake: Of the generator; likewise `r2`.
-            between: Gives images between the two, which require gradients.
+            judged: For each of `penalised`, images that require gradients: `r1` of the data, `r2`
+                of the generator, `gradient` between the two.
         """
-        weights = {name: self.weights[name](images_seen) for name in self.penalised}
-        total = torch.zeros_like(real.logits)
-        for name, judged in (("r1", real), ("r2", fake)):
-            if name in weights:
-                squares = gan_losses.squared_gradient(judged.logits, judged.images)
-                total = total + weights[name] / 2 * squares
-        if "gradient" in weights:
-            mixed = between()
-            norms = gan_losses.gradient_norm_penalty(mixed.logits, mixed.images)
-            total = total + weights["gradient"] * norms
-        return total
+        terms = []
+        for name in self.penalised:
+            weight, each = self.weights[name](images_seen), judged[name]
+            if name == "gradient":
+                value = weight * gan_losses.gradient_norm_penalty(each.logits, each.images)
+            else:
+                value = weight / 2 * gan_losses.squared_gradient(each.logits, each.images)
+            # Of every parameter there is a gradient, perhaps of 0: ranks exchange all of them.
+            terms.append(value + 0 * each.logits)
+        return torch.stack(terms).sum(0)
+
+
+def judge_penalised(
+    names: Sequence[str],
+    judge: Callable[[Tensor, Purpose], Tensor],
+    *,
+    known: Mapping[str, Judged],
+    real: Tensor,
+    fakes: Tensor | None,
+    keys: Tensor,
+) -> dict[str, Judged]:
+    """Judge the images that penalties take, in a way that gradients reach them.
+
+    Args:
+        names: Of the penalties.
+        judge: Gives logits [B] of images [B, C, H, W], for a purpose of draws.
+        known: What is judged already, by name.
+        real: Images of the data [B, C, H, W].
+        fakes: Of the generator, likewise; None where no penalty takes them.
+        keys: int64 [B], of the draws between the two.
+    """
+    kinds = {"r1": (real, Purpose.REAL), "r2": (fakes, Purpose.FAKE)}
+    if "gradient" in names and fakes is not None:
+        mixed = gan_losses.interpolate(real, fakes, keys, Purpose.INTERPOLATION)
+        kinds["gradient"] = (mixed, Purpose.MIXED)
+    judged = {}
+    for name in names:
+        if name in known:
+            judged[name] = known[name]
+            continue
+        images, purpose = kinds[name]
+        assert images is not None
+        images = images.detach().float().requires_grad_()
+        judged[name] = Judged(images, judge(images, purpose))
+    return judged

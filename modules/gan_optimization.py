@@ -11,6 +11,7 @@ from modules.gan_losses import lazy_rates
 from modules.ramps import Ramp
 
 OPTIMIZERS = ("adam", "sgd")
+_BELOW_1 = 0.99999  # moments that never forget begin with 0 / 0
 
 
 class Rates:
@@ -20,10 +21,8 @@ class Rates:
         name: `adam` (Kingma and Ba 2014, arXiv 1412.6980) or `sgd`.
         lr: Of the generator, and of the discriminator unless it has its own; as `Ramp`.
         discriminator_lr: None: as `lr`.
-        beta1: Decay of Adam's first moments.
-        beta2: Decay of its second moments, as `Ramp`.
-        eps: Of Adam.
-        momentum: Of SGD.
+        adam: `beta1`, decay of first moments; `beta2`, of second moments, as `Ramp`; `eps`.
+        sgd: `momentum`.
         lazy_steps: Rounds from one update by penalties alone to the next, for whose number the
             discriminator's rates are adjusted (`gan_losses.lazy_rates`); None: there are none.
         max_images: Of the run.
@@ -38,10 +37,8 @@ class Rates:
         name: str,
         lr: Any,
         discriminator_lr: Any,
-        beta1: float,
-        beta2: Any,
-        eps: float,
-        momentum: float,
+        adam: Mapping[str, Any],
+        sgd: Mapping[str, Any],
         lazy_steps: int | None,
         max_images: int,
     ):
@@ -50,12 +47,16 @@ class Rates:
                 f"module.optimizer.name={name} -> not for networks of convolutions that take turns "
                 f"-> choose one of {', '.join(OPTIMIZERS)}"
             )
-        for key, share in {"beta1": beta1, "momentum": momentum}.items():
-            if not 0 <= share < 1:
-                raise ValueError(f"module.optimizer.{key}={share} -> a share -> 0 to below 1")
-        if eps < 0:
-            raise ValueError(f"module.optimizer.eps={eps} -> added to a root -> 0 or more")
-        self.name, self.beta1, self.eps, self.momentum = name, beta1, eps, momentum
+        shares = {"adam.beta1": adam["beta1"], "sgd.momentum": sgd["momentum"]}
+        for key, value in shares.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"module.optimizer.{key}={value} -> a share -> 0 to below 1")
+        if not adam["eps"] > 0:
+            raise ValueError(
+                f"module.optimizer.adam.eps={adam['eps']} -> it is divided by -> above 0"
+            )
+        self.name, self.beta1, self.eps = name, adam["beta1"], adam["eps"]
+        self.momentum = sgd["momentum"]
         settings = {
             "generator": ("lr", lr),
             "discriminator": ("discriminator_lr", discriminator_lr),
@@ -66,9 +67,8 @@ class Rates:
             part: Ramp(value, key=f"module.optimizer.{key}", max_images=max_images)
             for part, (key, value) in settings.items()
         }
-        self.beta2 = Ramp(beta2, "module.optimizer.beta2", max_images, bounds=(0, 1))
-        if 1 in (self.beta2.start, self.beta2.end):
-            raise ValueError(f"module.optimizer.beta2={beta2} -> forgets nothing -> below 1")
+        key = "module.optimizer.adam.beta2"
+        self.beta2 = Ramp(adam["beta2"], key, max_images, bounds=(0, _BELOW_1))
         self.lazy_steps = lazy_steps
 
     def build(self, part: str, parameters: Iterator[nn.Parameter]) -> Optimizer:

@@ -46,8 +46,8 @@ class Ramp:
                 "{start, end, images, shape}"
             )
         for part in ("start", "end"):
-            if not isinstance(parts[part], int | float):
-                raise ValueError(f"{key}.{part}={parts[part]} -> no number -> set one")
+            if not isinstance(parts[part], int | float) or isinstance(parts[part], bool):
+                raise ValueError(f"{key}.{part}={parts[part]} -> no number -> give one")
             if not bounds[0] <= parts[part] <= bounds[1]:
                 raise ValueError(
                     f"{key}={setting} -> {parts[part]} is out of its bounds -> choose "

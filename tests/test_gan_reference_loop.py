@@ -40,7 +40,7 @@ def overrides(gan_run):
         f"batch_images={BATCH}",
         "module.optimizer.name=sgd",
         f"module.optimizer.lr={RATE}",
-        "module.optimizer.momentum=0.9",
+        "module.optimizer.sgd.momentum=0.9",
         f"module.ema={{half_life_images: {HALF_LIFE}, ramp_up: null}}",
         "trainer.val_every_steps=100",
     ]

@@ -41,7 +41,7 @@ REFUSED = {
         "corpus=text",
         "corpus.path=$text",
     ],
-    r"datamodule.resolution -> this datamodule has no such setting -> .*module=gan with datamodule=im": [
+    r"datamodule.resolution -> this datamodule has no such setting -> .*module=gan with data": [
         "datamodule=text",
         "datamodule.val_max_samples=8",
     ],
@@ -56,7 +56,7 @@ REFUSED_BY_MODULE = {
     r"module.loss.one_noise=2 -> .* -> true or false": ["module.loss.one_noise=2"],
     r"module.preset=dcgn -> unknown -> did you mean dcgan": ["module.preset=dcgn"],
     r"module.network.blocks_per_stage -> no such key": ["module.network.blocks_per_stage=2"],
-    r"module.batch_norm=sync -> unknown -> synced or per_rank": ["module.batch_norm=sync"],
+    r"module.batch_norm=sync -> unknown -> choose synced or per_rank": ["module.batch_norm=sync"],
     r"module.augmentation.name=ada -> unknown -> .*adaptive": ["module.augmentation.name=ada"],
     r"module.augmentation.ops=\['hue'\] -> .* one channel": [
         "module.augmentation.name=adaptive",
@@ -92,9 +92,9 @@ REFUSED_BY_MODULE = {
     r"module.optimizer.name=adamw -> .* -> choose one of adam, sgd": [
         "module.optimizer.name=adamw"
     ],
-    r"module.optimizer.beta2=1 -> .* -> below 1": ["module.optimizer.beta2=1"],
-    r"module.optimizer.eps=-1 -> .* -> 0 or more": ["module.optimizer.eps=-1"],
-    r"module.optimizer.momentum=1 -> .* -> 0 to below 1": ["module.optimizer.momentum=1"],
+    r"module.optimizer.adam.beta2=1 -> .* out of its bounds": ["module.optimizer.adam.beta2=1"],
+    r"module.optimizer.adam.eps=0 -> .* -> above 0": ["module.optimizer.adam.eps=0"],
+    r"module.optimizer.sgd.momentum=1 -> .* -> 0 to below 1": ["module.optimizer.sgd.momentum=1"],
     r"module.ema.half_life_images=-1 -> .* -> choose 0 to inf": ["module.ema.half_life_images=-1"],
     r"module.ema.ramp_up=0 -> .* -> above 0": ["module.ema.ramp_up=0"],
     r"module.pictures.grid.rows=0 -> .* 1 or more, or .*=null for no such picture": [

@@ -38,6 +38,7 @@ def settings(gan_settings, tmp_path_factory):
         "datamodule.val_max_samples=9",  # one rank has one more than the other
         "datamodule.eval_images=4",
         "module.network={norm: batch, dropout: 0.0, width_factor: null}",
+        "module.batch_norm=per_rank",
         "module.optimizer.name=sgd",
         f"module.optimizer.lr={RATE}",
         "module.scores.extractor.training_images=64",

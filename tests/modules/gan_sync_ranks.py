@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from launch.run_directory import RunDirectory
 from launch.train import fit
-from modules.gan import GAN
 from modules.gan_norms import BatchNorm, sync_statistics
 
 SIZES, CLASSES = {"features": (8, 3), "images": (8, 3, 5, 5)}, (None, 4)
@@ -68,17 +67,11 @@ def normalise(folder: Path, device: str) -> None:
 
 
 def train(folder: Path) -> None:
-    """Train the run `together`, as if on CUDA, and the run `apart`."""
-
-    def configure_model(module: GAN) -> None:
-        for part in module.parts.values():
-            sync_statistics(part, True)
-
+    """Train the runs `together` and `apart`."""
     with mock.patch("trainers.metrics.plot_losses"), contextlib.redirect_stdout(None):
-        for name, method in {"together": configure_model, "apart": GAN.configure_model}.items():
+        for name in ("together", "apart"):
             run = RunDirectory(folder / "runs" / name)
-            with mock.patch.object(GAN, "configure_model", method):
-                fit(run, run.config)
+            fit(run, run.config)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def run_settings(gan_run):
     return [
         *gan_run,
         "module.network.norm=batch",
-        "module.optimizer={name: sgd, lr: 0.02, momentum: 0.5}",
+        "module.optimizer={name: sgd, lr: 0.02, sgd: {momentum: 0.5}}",
         "max_steps=4",
         "batch_images=8",
         "trainer.val_every_steps=100",
@@ -32,8 +32,9 @@ def run_settings(gan_run):
 @pytest.fixture
 def trained(run_settings, compose, train, tmp_path):
     """Folder of what two ranks did, with the run `alone` of one."""
-    for name in ("together", "apart"):
+    for name, batch_norm in {"together": "synced", "apart": "per_rank"}.items():
         ranks = ["strategy=ddp", "trainer.devices=2", f"run.name={name}"]
+        ranks.append(f"module.batch_norm={batch_norm}")
         config = compose("train", [*run_settings, *ranks])
         complete(config, 2)
         run = RunDirectory(tmp_path / "runs" / name)
@@ -100,24 +101,18 @@ def test_ranks_together_are_one_batch_on_cuda(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("device", "world_size", "batch_norm", "is_synced"),
-    [
-        ("cuda", 2, "synced", True),
-        ("cuda", 2, "per_rank", False),
-        ("cuda", 1, "synced", False),
-        ("cpu", 2, "synced", False),
-    ],
+    ("world_size", "batch_norm", "is_synced"),
+    [(2, "synced", True), (2, "per_rank", False), (1, "synced", False)],
 )
 @pytest.mark.parametrize("preset", ["dcgan_tiny", "sngan_tiny"])
-def test_statistics_are_of_all_ranks_on_cuda_where_asked(
-    run_settings, compose, preset, device, world_size, batch_norm, is_synced
+def test_statistics_are_of_all_ranks_where_asked(
+    run_settings, compose, preset, world_size, batch_norm, is_synced
 ):
     other = [f"module.preset={preset}", "module.network.dropout=null", "datamodule.resolution=32"]
     config = compose("train", [*run_settings, *other, f"module.batch_norm={batch_norm}"])
     complete(config, 1)
     module = instantiate(config.module, _convert_="all")
-    strategy = SimpleNamespace(root_device=torch.device(device))
-    module._trainer = SimpleNamespace(strategy=strategy, world_size=world_size)
+    module._trainer = SimpleNamespace(world_size=world_size)
     module.configure_model()
     norms = [layer for layer in module.generator.modules() if isinstance(layer, BatchNorm)]
     assert norms

@@ -55,7 +55,9 @@ class StepGuard(Callback):
         self.num_skipped: Counter[str] = Counter()
         """Steps left out so far, by part."""
         self.skipped_in_a_row: Counter[str] = Counter()
-        self._levels: dict[str, Any] = {}  # by part: running mean of the loss, number of losses
+        # By part and number of its update in a round: running mean of the loss, number of losses.
+        self._levels: dict[str, Any] = {}
+        self._updates = (0, Counter[str]())  # of the step that is judged, by part
         self._has_stopped: dict[str, Tensor] = {}
         self._unread: list[Judged] = []
 
@@ -77,9 +79,13 @@ class StepGuard(Callback):
         """
         is_bad = ~norm.isfinite()
         usual = is_spike = torch.zeros_like(norm, dtype=torch.bool)
-        if self.factor is not None:
-            is_spike, usual = self._judge_loss(part, loss.detach(), ~is_bad)
         step = self._trainer.global_step + 1
+        if self._updates[0] != step:
+            self._updates = (step, Counter())
+        self._updates[1][part] += 1
+        if self.factor is not None:  # updates of a part in one round may minimise different things
+            level = f"{part}/{self._updates[1][part]}"
+            is_spike, usual = self._judge_loss(level, loss.detach(), ~is_bad)
         self._unread.append(Judged(step, part, loss.detach(), norm.detach(), is_spike, usual))
         ends = [is_spike] if self.spike_action == "stop" and self.factor is not None else []
         ends += [is_bad] if self.nonfinite == "stop" and not self._scales_loss else []
@@ -90,7 +96,7 @@ class StepGuard(Callback):
         veto = is_bad if self.factor is None else is_bad | is_spike
         return veto if stopped is None else veto | stopped
 
-    def _judge_loss(self, part: str, loss: Tensor, is_finite: Tensor) -> tuple[Tensor, Tensor]:
+    def _judge_loss(self, level: str, loss: Tensor, is_finite: Tensor) -> tuple[Tensor, Tensor]:
         """Compare a loss with the running mean of its magnitude before, and move the mean.
 
         It is a plain mean until `memory_steps` losses are in it, and forgets exponentially then.
@@ -101,13 +107,13 @@ class StepGuard(Callback):
             loss /= self._trainer.world_size
         magnitude = loss.abs().float()
         mean, count = torch.as_tensor(
-            self._levels.get(part, (0.0, 0.0)), dtype=torch.float32, device=loss.device
+            self._levels.get(level, (0.0, 0.0)), dtype=torch.float32, device=loss.device
         )
         is_spike = (magnitude > self.factor * mean) & (count >= self.memory_steps) & is_finite
         is_usual = is_finite & magnitude.isfinite() & ~is_spike
         later = count + is_usual
         moved = mean + (magnitude - mean) / later.clamp(1, self.memory_steps)
-        self._levels[part] = torch.stack([torch.where(is_usual, moved, mean), later])
+        self._levels[level] = torch.stack([torch.where(is_usual, moved, mean), later])
         return is_spike, mean
 
     @property
@@ -180,7 +186,7 @@ class StepGuard(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Counts and running means, exactly."""
-        levels = {part: torch.as_tensor(level).tolist() for part, level in self._levels.items()}
+        levels = {name: torch.as_tensor(level).tolist() for name, level in self._levels.items()}
         return {
             "num_skipped": dict(self.num_skipped),
             "skipped_in_a_row": dict(self.skipped_in_a_row),
@@ -191,4 +197,5 @@ class StepGuard(Callback):
         """Go on counting."""
         self.num_skipped = Counter(state_dict["num_skipped"])
         self.skipped_in_a_row = Counter(state_dict["skipped_in_a_row"])
-        self._levels = dict(state_dict["levels"])
+        levels = state_dict["levels"].items()  # of earlier versions, by part alone
+        self._levels = {k if "/" in k else f"{k}/1": level for k, level in levels}

@@ -29,7 +29,8 @@ PEAK_FLOPS = {
 class StepMetrics(Callback):
     """Averages what `training_step` returns over micro-batches and ranks, and logs it.
 
-    Reads every `train/<name>` of the step's dictionary, and `loss` where it has no such loss.
+    Reads every `train/<name>` of the step's dictionary, and `loss` where it has no such loss. Of
+    what some rounds of a module with several optimizers lack, a row has the last one's before it.
     Logs besides `train/lr`, `train/grad_norm` (before clipping; of several parts with `/<part>`
     behind), `train/skipped_steps` (those that `StepGuard` left out, since the run began),
     `perf/samples_per_s`, where progress is counted in another unit that, `perf/tokens_per_s` or
@@ -64,6 +65,7 @@ class StepMetrics(Callback):
         self.total_samples, self.total_seconds = 0, 0.0
         self._sums: dict[str, torch.Tensor] = {}
         self._rates: dict[str, float] = {}
+        self._earlier: dict[str, Any] = {}  # outputs of rounds since the last row
         self._data = DataRates()
 
     @property
@@ -104,8 +106,10 @@ class StepMetrics(Callback):
         accum = trainer.accumulate_grad_batches
         step = batch_idx // accum + 1
         if not self._logs_step(trainer, step):
+            if not pl_module.automatic_optimization:
+                self._earlier |= outputs
             return
-        values = dict(outputs)
+        values, self._earlier = self._earlier | outputs, {}
         if not any(key.startswith("train/") and key.endswith("loss") for key in values):
             # Lightning has divided `loss` by the number of micro-batches, and nothing else.
             values["train/loss"] = outputs["loss"] * accum
