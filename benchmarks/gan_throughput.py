@@ -29,6 +29,7 @@ disturb less; ratios turn by turn. On CUDA the clocks wait for the device.
 import argparse
 import contextlib
 import copy
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -147,14 +148,16 @@ def compose_run(
 def train(folder: Path, config: DictConfig) -> Path:
     """Train the run by the launcher's own `fit`, and give its directory.
 
-    What it prints goes to a file.
+    What it prints goes to a file. Ends the program where a signal has stopped the run.
     """
     complete(config, 1)
     run = RunDirectory(Path(config.runs_dir, config.run.name))
     run.path.mkdir(parents=True)
     run.accept(config)
     with (folder / "printed.txt").open("w") as printed, contextlib.redirect_stdout(printed):
-        fit(run, config)
+        code = fit(run, config)
+    if code != runtime.DONE:
+        sys.exit(code)
     return run.path
 
 
