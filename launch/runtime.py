@@ -23,6 +23,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from launch.run_directory import StoppedError
 
 DONE, FAILED, PREEMPTED = 0, 1, 75
+_TOGETHER = (
+    "parts that go together: module=gpt with datamodule=text, module=encoder_decoder with "
+    "datamodule=pairs or denoising, module=gan with datamodule=images"
+)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -105,8 +109,14 @@ def explain(error: BaseException, config_name: str) -> str | None:
     if found := re.search(r"Interpolation key '((?:datamodule|data)\.[^']+)' not found", text):
         return (
             f"{found[1]} -> the module reads it, and this datamodule or corpus has none -> choose "
-            "parts that go together: module=gpt with datamodule=text, module=encoder_decoder with "
-            "datamodule=pairs or denoising"
+            f"{_TOGETHER}"
+        )
+    if found := re.search(
+        r"unexpected keyword argument '(\w+)'.*full_key: (\w+)$", text, re.DOTALL
+    ):
+        return (
+            f"{found[2]}.{found[1]} -> this {found[2]} has no such setting -> leave it out, or "
+            f"choose {_TOGETHER}"
         )
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} -> it has no value -> add {error.full_key}=<value>"

@@ -108,6 +108,7 @@ class GAN(EvaluatedGAN):
         settings = {key: value for key, value in optimizer.items() if key != "gradient_clip"}
         self.rates = Rates(**settings, lazy_steps=self.objective.lazy_steps, max_images=max_images)
         self.scores = ImageScores(**scores)
+        self.scores.check_monitor(monitor)
         check_pictures(pictures)
         self.picture_settings, self.batch_norm, self.seed = dict(pictures), batch_norm, seed
         self._report: dict[str, tuple[Tensor, int]] = {}

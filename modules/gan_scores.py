@@ -141,6 +141,19 @@ class ImageScores(nn.Module):
         self._split: str | None = None
         self._knows_real = False
 
+    def check_monitor(self, monitor: str) -> None:
+        """Refuse a `module.monitor` that no validation would log, before one is due.
+
+        Raises:
+            ValueError: It is none of the scores.
+        """
+        known = [f"val/{name}" for name in self.names]
+        if monitor not in known:
+            raise ValueError(
+                f"module.monitor={monitor} -> no score of {self.extractor.name} -> choose "
+                f"{' or '.join(known)}"
+            )
+
     def train(self, mode: bool = True) -> "ImageScores":
         """Stay in evaluation mode."""
         return super().train(False)

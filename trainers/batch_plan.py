@@ -169,7 +169,8 @@ def _refuse_tokens(unit: str, size: int, key: str) -> None:
     if not key:
         raise ValueError(
             f"{unit}={size} -> samples of this datamodule have no fixed number of tokens -> use "
-            f"{unit.split('_')[0]}_samples (datamodule.group_tokens makes groups of as many tokens)"
+            f"{unit.split('_')[0]}_samples, or _images (of text datamodule.group_tokens makes "
+            "groups of as many tokens)"
         )
 
 

@@ -1,13 +1,14 @@
 """What tests of GAN runs share: all that a run leaves, to compare two of them by."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from launch.run_directory import RunDirectory
+from trainers.checkpoint import load_weights
 from trainers.metrics import read_metrics
 
 STATEFUL = [
@@ -23,16 +24,20 @@ STATEFUL = [
 """Overrides of a GAN with all that has a state: statistics, dropout, an average, augmentation."""
 
 
+def _last(run: RunDirectory) -> Path:
+    path = run.find_checkpoint("last")
+    assert path is not None
+    return path
+
+
 def weights(run: RunDirectory) -> dict[str, Tensor]:
     """Parameters and buffers of the run's last checkpoint."""
-    return load_file(run.find_checkpoint("last") / "weights.safetensors")
+    return load_weights(_last(run))
 
 
 def optimizers(run: RunDirectory) -> list[Any]:
     """States of the optimizers in it."""
-    return torch.load(run.find_checkpoint("last") / "state.pt", weights_only=True)[
-        "optimizer_states"
-    ]
+    return torch.load(_last(run) / "state.pt", weights_only=True)["optimizer_states"]
 
 
 def rows(run: RunDirectory) -> list[dict[str, Any]]:

@@ -72,8 +72,10 @@ def test_run_has_a_state_in_all_that_could_be_lost(whole, stopped):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_stopped_gan_ends_with_the_same_bits(num_workers, whole, resume):
+def test_stopped_gan_ends_with_the_same_bits(num_workers, whole, resume, capfd):
     assert not differing(whole, resume(f"datamodule.num_workers={num_workers}"))
+    printed = capfd.readouterr().out
+    assert f"stopped: running: continues from step-{STOP:08d}, up to {STEPS} steps" in printed
 
 
 @pytest.mark.parametrize(
@@ -103,9 +105,9 @@ def test_gan_that_lost_its_optimizers_is_another(whole, resume, monkeypatch):
 
 
 def test_killed_gan_ends_with_the_same_bits(settings, train, start, tmp_path):
-    long = [*settings, f"runs_dir={tmp_path}", "max_steps=60", "checkpoints.every_steps=5"]
+    long = [*settings, f"runs_dir={tmp_path}", "max_steps=40", "checkpoints.every_steps=5"]
     whole = train(*long, "run.name=whole")
-    step = random.randint(6, 40)
+    step = random.randint(6, 25)
     print(f"killed after step {step}")
     process = start(*long, "run.name=killed", "datamodule.num_workers=2")
     start.wait(process, tmp_path / "killed", step)
