@@ -128,6 +128,7 @@ def compose_run(
         f"runs_dir={folder / 'runs'}",
         f"data_dir={folder / 'data'}",
         f"module.preset={preset}",
+        "module.network.width_factor=null",
         f"datamodule.resolution={RESOLUTIONS[preset]}",
         f"trainer.accelerator={accelerator}",
         f"batch_images={BATCH}",

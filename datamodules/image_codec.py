@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datamodules.batch import ImageBatch
+from datamodules.batch import CountedImageBatch, ImageBatch, KeyedImageBatch
 from datamodules.image_files import MEMBERS, Pixels, fit_pixels, read_pixels
 from datamodules.order import hash_key, uniform
 
@@ -79,7 +79,7 @@ class ImageCodec:
             raise ValueError(f"its label is {label}, and there are {self._num_classes} classes")
         return label
 
-    def collate(self, samples: Sequence[ImageSample]) -> ImageBatch:
+    def collate(self, samples: Sequence[ImageSample]) -> KeyedImageBatch | CountedImageBatch:
         """Make a batch of samples, all of training or all of evaluation."""
         height, width, num_channels = samples[0].pixels.shape
         images = np.empty((len(samples), num_channels, height, width), np.uint8)
@@ -91,12 +91,11 @@ class ImageCodec:
             batch["labels"] = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
         keys = [sample.key for sample in samples if sample.key is not None]
         if keys:
-            batch["keys"] = torch.from_numpy(np.array(keys, np.uint64).view(np.int64))
-        else:
-            batch["counted"] = torch.ones(len(samples), dtype=torch.bool)
-        return batch
+            keys = torch.from_numpy(np.array(keys, np.uint64).view(np.int64))
+            return KeyedImageBatch(**batch, keys=keys)
+        return CountedImageBatch(**batch, counted=torch.ones(len(samples), dtype=torch.bool))
 
-    def pad(self, batch: ImageBatch, num_samples: int) -> None:
+    def pad(self, batch: CountedImageBatch, num_samples: int) -> None:
         """Count the images of an evaluation's batch from `num_samples` on no more."""
         assert "counted" in batch  # in training the last step is never filled up
         batch["counted"][num_samples:] = False

@@ -51,7 +51,7 @@ class GAN(EvaluatedGAN):
             trainer reads.
         batch_norm: `synced` (over ranks) or `per_rank`.
         scores: Arguments of `modules.gan_scores.ImageScores`.
-        pictures: Settings of `modules.gan_pictures.draw_all`.
+        pictures: Settings of `modules.gan_pictures.drawings`.
         monitor: The metric that decides which checkpoint is best, for the trainer.
         plan: `batch_samples`, `max_samples` and `micro_batch` of the run; a sample is an image.
         seed: Of the initial values and of all that is drawn for evaluations.

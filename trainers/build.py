@@ -141,7 +141,7 @@ def _manifest_facts(config: Mapping[str, Any], world_size: int) -> dict[str, Any
     }
 
 
-def _stamp_rows(trainer: lightning.Trainer, loggers: list[Logger], plan: Mapping[str, int]) -> None:
+def _stamp_rows(trainer: lightning.Trainer, loggers: list[Logger], plan: Mapping[str, Any]) -> None:
     def stamp() -> dict[str, float]:
         samples = trainer.global_step * plan["batch_samples"]
         epoch = getattr(trainer.datamodule, "epoch", 0)  # type: ignore[attr-defined]

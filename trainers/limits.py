@@ -92,7 +92,7 @@ def _counts(config: Mapping[str, Any]) -> str | None:
     for keys, is_optional in ((required, False), (optional, True)):
         for node, names in keys.items():
             for name in names:
-                value = config[node][name]
+                value = config[node].get(name)  # runs of earlier versions lack some
                 if is_optional and value is None:
                     continue
                 if not isinstance(value, int) or value < 1:
