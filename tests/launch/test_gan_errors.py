@@ -48,7 +48,7 @@ REFUSED = {
     r"gradient_clip of generator -> .* parts are discriminator, generator -> give each": [
         "module.optimizer.gradient_clip={generator: 1}"
     ],
-    r"module.loss=hing -> unknown -> .*hinge": ["module.loss.name=hing"],
+    r"module.loss.name=hing -> unknown -> .*hinge": ["module.loss.name=hing"],
 }
 """What is said before anything is trained, and overrides."""
 REFUSED_BY_MODULE = {

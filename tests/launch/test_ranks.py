@@ -60,7 +60,9 @@ def test_two_ranks_train_as_one(small_run, train, one_rank, capfd):
     two = train(*small_run, *SGD, *TWO_RANKS, "run.name=two")
     assert_same_losses(losses(one_rank), losses(two))
     assert two.summary["val/loss"] == pytest.approx(one_rank.summary["val/loss"], abs=1e-5)
-    assert "run                 two: done" in capfd.readouterr().out  # rank 0 shares the terminal
+    assert (
+        "run                     two: done" in capfd.readouterr().out
+    )  # rank 0 shares the terminal
     perturbed = train(*small_run, *SGD, "run.name=perturbed", "datamodule.seed=2")
     with pytest.raises(AssertionError):  # the same rows in another order are told apart
         assert_same_losses(losses(one_rank), losses(perturbed))
