@@ -183,6 +183,11 @@ def test_run_equals_rounds_by_hand(name, overrides, train, completed):
         assert furthest(accumulated, trained) < 1e-6
 
 
+def test_without_the_freeze_it_would_be_another_run(overrides, train, completed):
+    _, trained = train_by_hand(completed(overrides), freezes=False)
+    assert furthest(train(*overrides), trained) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("other", "what"),
     [
