@@ -269,7 +269,7 @@ def _images_of_none(launch: Launch) -> Facts:
         return None
     for key, remedy in IMAGE_CADENCES.items():
         node, name = key.split(".")
-        if (images := launch.config[node][name]) is not None:
+        if (images := launch.config[node].get(name)) is not None:
             return {"key": key, "images": images, "remedy": remedy}
     return None
 

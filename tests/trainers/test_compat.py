@@ -2,6 +2,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import open_dict
 
 from trainers import compat
 
@@ -127,6 +128,14 @@ def test_deepspeed_precision_is_that_of_the_run(check, section):
         check(
             ["strategy=zero2", f"{KEY}.{section}.{section}_master_weights_and_grads=true"], 2, None
         )
+
+
+def test_run_from_before_there_were_cadences_in_images_passes(compose):
+    config = compose("train", ["experiment=gpt_quickstart", "trainer.accelerator=cpu"])
+    with open_dict(config):
+        for node, name in (key.split(".") for key in compat.IMAGE_CADENCES):
+            del config[node][name]
+    assert compat.check(config, 1, None) == []
 
 
 def test_every_rule_is_tried():
