@@ -110,7 +110,8 @@ def test_killed_rank_ends_the_run(rank, fail, at_step):
     assert f"rank {rank} was killed by SIGKILL" in fail(at_step("Kill", 4, rank))
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_sleeping_rank_is_named_and_not_the_one_that_waits_for_it(rank, fail, at_step):
     reason = fail(at_step("Sleep", 4, rank), "trainer.timeout_s=4")
     assert reason.startswith(f"trainer.timeout_s=4 -> rank {rank} has made no progress since step")

@@ -16,9 +16,12 @@ from modules.keyed_draws import normal
 from tests.launch.gan_runs import rows, weights
 
 # torch's elastic agent leaves the log files of its ranks to the garbage collector.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+    ),
+]
 RATE, TOLERANCE = 0.01, 1e-5
 
 

@@ -68,6 +68,7 @@ def test_two_ranks_train_as_one(small_run, train, one_rank, capfd):
         assert_same_losses(losses(one_rank), losses(perturbed))
 
 
+@pytest.mark.slow
 def test_torchrun_continues_what_one_rank_began(small_run, train, one_rank, command, tmp_path):
     began = train(*small_run, *SGD, "run.name=moved", "max_steps=10")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]

@@ -18,10 +18,11 @@ OTHER = {
     "zero3_offload": "zero3",
     "fsdp": "ddp",
 }
+TWO = pytest.param(2, marks=pytest.mark.slow)
 FOUR = pytest.param(4, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
 
 
-@pytest.fixture(scope="module", params=[2, FOUR], ids=lambda ranks: f"{ranks}_ranks")
+@pytest.fixture(scope="module", params=[TWO, FOUR], ids=lambda ranks: f"{ranks}_ranks")
 def ranks(request):
     return request.param
 

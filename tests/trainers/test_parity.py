@@ -94,7 +94,6 @@ RESUMED = [
     *(Cell("gpt", name, "bf16", stop_at=5, optimizer="adamw") for name in STRATEGIES),
     *(Cell("two_networks", name, micro=2, stop_at=5) for name in ("zero2", "zero3", "fsdp")),
     Cell("gan_relativistic", "fsdp", stop_at=5),
-    Cell("gan_saturating", "zero3", micro=2, stop_at=5),
     Cell("lstm", "zero3", "bf16", stop_at=5, optimizer="adamw"),
     *(Cell("two_networks", name, "fp16", stop_at=5) for name in ("ddp", "zero1", "zero3")),
     Cell("frozen", "zero1", "bf16", stop_at=5, parameters="low"),
@@ -112,7 +111,6 @@ CHANGED = [
     Cell("frozen", "fsdp", stop_at=5, begun="zero3"),
     Cell("given", "zero2", stop_at=5, begun="ddp"),
     Cell("two_networks", "zero2", stop_at=5, begun="fsdp"),
-    Cell("gan_relativistic", "zero3", stop_at=5, begun="fsdp"),
     Cell("gpt", "zero3", stop_at=5, begun="fsdp", optimizer="adafactor"),
 ]
 # What was remembered by rows and columns counts.
@@ -121,6 +119,7 @@ LOST = replace(CHANGED[-1], control="lost_state")
 MORE = [
     *(Cell("gan_relativistic", name, "bf16") for name in ("zero1", "fsdp")),
     Cell("gan", "zero3", "fp16"),
+    Cell("gan_relativistic", "zero3", stop_at=5, begun="fsdp"),
     *(Cell("gpt", name, "bf16", micro=2) for name in ("ddp", "fsdp")),
     *(Cell("given", name, micro=2) for name in ("ddp", "zero2", "fsdp")),
     Cell("two_networks", "ddp", "fp16", stop_at=5, begun="zero2"),
