@@ -124,7 +124,7 @@ def test_room_ahead_is_not_looked_for_where_there_is_none(
     monkeypatch.setattr(NodeDisk, "_make_room", search)
     cache.expect([(block(number), trust) for number in range(2, 12)])
     wait_until(lambda: cache._own().num_threads == 0)
-    # Not for each of ten: one thread gives up, and another where that was before all were asked for.
+    # Not for each of ten: one thread gives up, perhaps before all are asked for, and then another.
     assert len(searches) <= 2
     del held
 
