@@ -19,7 +19,7 @@ from datamodules.image_units import (
     store_images,
 )
 from datamodules.index import write_index
-from datamodules.preparation import check_shares, check_splits, prepare_once, shares_of
+from datamodules.preparation import check_shares, check_splits, fractions_of, prepare_once
 from datamodules.units import SPLITS
 
 FORMAT_VERSION = 1
@@ -151,15 +151,9 @@ class ImageCorpus:
                 )
         return found
 
-    def _fractions(self, sources: dict[str, ImageSource]) -> dict[str, float]:
-        """Share of each split of the images of `path`; 0 for one with images of its own."""
-        shares = {"val": self.val_fraction, "test": self.test_fraction}
-        val, test = (0.0 if split in sources else share for split, share in shares.items())
-        return shares_of(val, test)
-
     def _settings(self, sources: dict[str, ImageSource]) -> dict[str, Any]:
         """Collect what the bytes of the prepared data depend on, besides the sources."""
-        fractions = self._fractions(sources)
+        fractions = fractions_of(self, sources)
         settings = {
             "version": FORMAT_VERSION,
             "kind": IMAGES,
@@ -174,7 +168,7 @@ class ImageCorpus:
         return settings | {key: getattr(self, key) for key in others}
 
     def _build(self, sources: dict[str, ImageSource], path: Path) -> dict[str, Any]:
-        fractions = self._fractions(sources)
+        fractions = fractions_of(self, sources)
         form = ImageForm(
             self.resolution, self.resize, self.channels, self.format, self.jpeg_quality
         )

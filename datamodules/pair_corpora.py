@@ -28,8 +28,8 @@ from datamodules.preparation import (
     check_bounds,
     check_sizes,
     check_splits,
+    fractions_of,
     prepare_once,
-    shares_of,
     vocab_size_of,
     vocabulary_settings,
 )
@@ -150,15 +150,9 @@ class PairCorpus:
         given = {"train": self.train, "val": self.val, "test": self.test}
         return {split: dict(paths or {}) for split, paths in given.items()}
 
-    def _fractions(self, given: Mapping[str, Any]) -> dict[str, float]:
-        """Share of each split of the pairs of `train`; 0 for one with files of its own."""
-        shares = {"val": self.val_fraction, "test": self.test_fraction}
-        val, test = (0.0 if split in given else share for split, share in shares.items())
-        return shares_of(val, test)
-
     def _settings(self, files: Mapping[str, list[SourceFile]]) -> dict[str, Any]:
         """Collect what the bytes of the prepared data depend on, besides the sources."""
-        fractions = self._fractions(files)
+        fractions = fractions_of(self, files)
         settings = {
             "version": FORMAT_VERSION,
             "kind": PAIRS,
@@ -179,7 +173,7 @@ class PairCorpus:
     def _build(
         self, files: Mapping[str, list[SourceFile]], settings: dict[str, Any], path: Path
     ) -> dict[str, Any]:
-        fractions = self._fractions(files)
+        fractions = fractions_of(self, files)
         units = {split: self._plan(split, files, path) for split in files}
         cleaned = select_pairs(
             units,

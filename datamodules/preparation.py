@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,18 @@ def shares_of(val_fraction: float, test_fraction: float) -> dict[str, float]:
         "val": val_fraction,
         "test": test_fraction,
     }
+
+
+def fractions_of(corpus: Any, given: Container[str]) -> dict[str, float]:
+    """Share of each split of what `train` is taken from; 0 for one with files of its own.
+
+    Args:
+        corpus: has `val_fraction` and `test_fraction`.
+        given: the splits that have files.
+    """
+    shares = {"val": corpus.val_fraction, "test": corpus.test_fraction}
+    val, test = (0.0 if split in given else share for split, share in shares.items())
+    return shares_of(val, test)
 
 
 def vocabulary_settings(tokenizer: str, vocab_size: int | None) -> dict[str, Any]:

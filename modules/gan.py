@@ -213,13 +213,15 @@ class GAN(EvaluatedGAN):
             margin = real.logits - fake.logits if self.objective.pairs else real.logits
             self._note(real_sign=margin.sign() + 0 * margin)  # what is no number has the sign 0
             if penalised:
-                terms = terms + self._penalty(images, batch, fakes, {"r1": real, "r2": fake})
+                known = {"r1": real, "r2": fake}
+                terms = terms + self._penalty(images, batch, real.images, fakes, known)
         return terms
 
     def _penalty_terms(self, images: int, batch: KeyedImageBatch) -> Tensor:
         fakes = self._detached_fakes(batch) if self.objective.penalises_fakes else None
         with self._full_precision():
-            return self.objective.every_steps * self._penalty(images, batch, fakes, {})
+            real = to_floats(batch["images"])
+            return self.objective.every_steps * self._penalty(images, batch, real, fakes, {})
 
     def _generator_terms(self, shared: Tensor | None, batch: KeyedImageBatch) -> Tensor:
         purpose = Purpose.NOISE if self.objective.one_noise else Purpose.FRESH_NOISE
@@ -256,13 +258,18 @@ class GAN(EvaluatedGAN):
         return Judged(real, logits[0]), Judged(fakes, logits[1])
 
     def _penalty(
-        self, images: int, batch: KeyedImageBatch, fakes: Tensor | None, known: Mapping[str, Judged]
+        self,
+        images: int,
+        batch: KeyedImageBatch,
+        real: Tensor,
+        fakes: Tensor | None,
+        known: Mapping[str, Judged],
     ) -> Tensor:
         judged = judge_penalised(
             self.objective.penalised,
             lambda points, purpose: self.judge(points, batch, purpose),
             known=known,
-            real=to_floats(batch["images"]),
+            real=real,
             fakes=fakes,
             keys=batch["keys"],
         )
