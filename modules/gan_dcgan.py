@@ -79,21 +79,11 @@ class DCGANGenerator(Generator):
     """Noise to images within [-1, 1]; a label's vector, as long as the noise, is appended to it.
 
     What a class is then follows Mirza and Osindero 2014 (arXiv 1411.1784), with learned vectors.
-
-    Args:
-        shape: Architecture and sizes.
-        resolution: H and W.
-        channels: C.
-        num_classes: None: unconditional.
-
-    Raises:
-        ValueError: There is no DCGAN for the resolution.
     """
 
-    def __init__(
-        self, shape: DCGANShape, *, resolution: int, channels: int, num_classes: int | None
-    ):
-        super().__init__(num_classes)
+    def _build(
+        self, shape: DCGANShape, resolution: int, channels: int, num_classes: int | None
+    ) -> None:
         self.start, widths, strides, _ = form_of(_FORMS, resolution, "a DCGAN has layers")
         widths, inputs = [shape.scaled(width) for width in widths], shape.noise_size
         self.noise_size = shape.noise_size
@@ -120,22 +110,11 @@ class DCGANGenerator(Generator):
 
 
 class DCGANDiscriminator(Discriminator):
-    """Images to logits; a label's vector is compared with the last features.
+    """Images to logits; a label's vector is compared with the last features."""
 
-    Args:
-        shape: Architecture and sizes.
-        resolution: H and W.
-        channels: C.
-        num_classes: None: unconditional.
-
-    Raises:
-        ValueError: There is no DCGAN for the resolution.
-    """
-
-    def __init__(
-        self, shape: DCGANShape, *, resolution: int, channels: int, num_classes: int | None
-    ):
-        super().__init__(num_classes)
+    def _build(
+        self, shape: DCGANShape, resolution: int, channels: int, num_classes: int | None
+    ) -> None:
         _, _, _, widths = form_of(_FORMS, resolution, "a DCGAN has layers")
         widths = [channels, *(shape.scaled(width) for width in widths)]
         self.layers = nn.ModuleList(DownBlock(shape, *pair) for pair in pairwise(widths))

@@ -6,6 +6,8 @@ in low precision while a penalty on gradients is computed in fp32. All can be di
 Legend: B batch, C channels, H rows, W columns, K classes, Z noise, F features.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -146,17 +148,28 @@ class ConvTranspose2d(Weighted):
 
 
 class Network(nn.Module):
-    """Base of generators and discriminators.
+    """Base of generators and discriminators, which need `_build`.
 
     Args:
+        shape: Architecture and sizes, of `gan_presets`.
+        resolution: H and W.
+        channels: C.
         num_classes: K, or None: unconditional.
+
+    Raises:
+        ValueError: There is no such network for the resolution.
     """
 
     layers: nn.ModuleList
 
-    def __init__(self, num_classes: int | None):
+    def __init__(self, shape: Any, *, resolution: int, channels: int, num_classes: int | None):
         super().__init__()
         self.num_classes = num_classes
+        self._build(shape, resolution, channels, num_classes)
+
+    def _build(self, shape: Any, resolution: int, channels: int, num_classes: int | None) -> None:
+        """Make the layers."""
+        raise NotImplementedError
 
     @property
     def blocks(self) -> list[nn.Module]:

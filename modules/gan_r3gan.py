@@ -163,22 +163,11 @@ def _stages(shape: R3GANShape, widths: list[int]) -> nn.ModuleList:
 
 
 class R3GANGenerator(Generator):
-    """Noise to images, not bounded; a label's vector, as long as the noise, is appended to it.
+    """Noise to images, not bounded; a label's vector, as long as the noise, is appended to it."""
 
-    Args:
-        shape: Architecture and sizes.
-        resolution: H and W.
-        channels: C.
-        num_classes: None: unconditional.
-
-    Raises:
-        ValueError: The resolution is no power of two from 8 on.
-    """
-
-    def __init__(
-        self, shape: R3GANShape, *, resolution: int, channels: int, num_classes: int | None
-    ):
-        super().__init__(num_classes)
+    def _build(
+        self, shape: R3GANShape, resolution: int, channels: int, num_classes: int | None
+    ) -> None:
         widths, inputs = widths_of(shape, resolution), shape.noise_size
         self.noise_size = shape.noise_size
         if num_classes is not None:
@@ -209,22 +198,11 @@ class R3GANGenerator(Generator):
 
 
 class R3GANDiscriminator(Discriminator):
-    """Images to logits; with classes the inner product of features with a label's vector.
+    """Images to logits; with classes the inner product of features with a label's vector."""
 
-    Args:
-        shape: Architecture and sizes.
-        resolution: H and W.
-        channels: C.
-        num_classes: None: unconditional.
-
-    Raises:
-        ValueError: The resolution is no power of two from 8 on.
-    """
-
-    def __init__(
-        self, shape: R3GANShape, *, resolution: int, channels: int, num_classes: int | None
-    ):
-        super().__init__(num_classes)
+    def _build(
+        self, shape: R3GANShape, resolution: int, channels: int, num_classes: int | None
+    ) -> None:
         widths = widths_of(shape, resolution)[::-1]
         features = 1 if num_classes is None else widths[-1]
         self.input = Conv2d(channels, widths[0], 1, has_bias=False, draw=scaled_normal)

@@ -95,22 +95,11 @@ class DownBlock(nn.Module):
 
 
 class SNGANGenerator(Generator):
-    """Noise to images within [-1, 1].
+    """Noise to images within [-1, 1]."""
 
-    Args:
-        shape: Architecture and sizes.
-        resolution: H and W.
-        channels: C.
-        num_classes: None: unconditional.
-
-    Raises:
-        ValueError: There is no SNGAN for the resolution.
-    """
-
-    def __init__(
-        self, shape: SNGANShape, *, resolution: int, channels: int, num_classes: int | None
-    ):
-        super().__init__(num_classes)
+    def _build(
+        self, shape: SNGANShape, resolution: int, channels: int, num_classes: int | None
+    ) -> None:
         widths, _, _ = form_of(_FORMS, resolution, "an SNGAN has blocks")
         widths = [shape.scaled(width) for width in widths]
         self.noise_size = shape.noise_size
@@ -128,22 +117,11 @@ class SNGANGenerator(Generator):
 
 
 class SNGANDiscriminator(Discriminator):
-    """Images to logits; a label's vector is compared with the last features.
+    """Images to logits; a label's vector is compared with the last features."""
 
-    Args:
-        shape: Architecture and sizes.
-        resolution: H and W.
-        channels: C.
-        num_classes: None: unconditional.
-
-    Raises:
-        ValueError: There is no SNGAN for the resolution.
-    """
-
-    def __init__(
-        self, shape: SNGANShape, *, resolution: int, channels: int, num_classes: int | None
-    ):
-        super().__init__(num_classes)
+    def _build(
+        self, shape: SNGANShape, resolution: int, channels: int, num_classes: int | None
+    ) -> None:
         _, widths, num_halving = form_of(_FORMS, resolution, "an SNGAN has blocks")
         widths = [channels, *(shape.scaled(width) for width in widths)]
         self.layers = nn.ModuleList(
