@@ -18,9 +18,11 @@ class Layers(Network):
     """A network of one layer, or several."""
 
     def __init__(self, *layers):
-        super().__init__(None)
-        self.layers = nn.Sequential(*layers)
+        super().__init__(layers, resolution=1, channels=1, num_classes=None)
         self.initialise("layers", seed=1)
+
+    def _build(self, shape, resolution, channels, num_classes):
+        self.layers = nn.Sequential(*shape)
 
     def forward(self, x):
         return self.layers(x)
