@@ -15,11 +15,11 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file
 
 from benchmarks.gan_cells import COMMON, GANS, write_images
 from launch.run_directory import RunDirectory
 from launch.train import complete
+from trainers.checkpoint import load_weights
 from trainers.metrics import read_metrics
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp")
@@ -267,7 +267,7 @@ def read_outcome(run: Path) -> Outcome:
         for key in sorted(row)
         if key.startswith("train/") and key.endswith(("loss", "penalty"))
     ]
-    weights = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "weights.safetensors")
+    weights = load_weights(run / "checkpoints" / f"step-{STEPS:08d}")
     weights = {name: value.float() for name, value in weights.items()}
     num_skipped = max(row.get("train/skipped_steps", 0) for row in rows)
     noted = run / "exchanged.json"

@@ -18,9 +18,9 @@ def export_run(config: DictConfig) -> None:
     network, whose names of parameters are then without the prefix that the module gives them.
     """
     runtime.quiet_libraries()
-    from safetensors.torch import save_file
-
-    from trainers.checkpoint import read_manifest, unshared, write_atomically
+    from trainers.checkpoint import read_manifest
+    from trainers.durable_files import write_atomically
+    from trainers.safetensors_file import Entry, write_tensors
 
     run = find_run(config.run, config.runs_dir)
     checkpoint, module = load_checkpoint(run, str(config.checkpoint))
@@ -29,7 +29,13 @@ def export_run(config: DictConfig) -> None:
     networks = networks_of(module)
     for name, network in networks.items():
         scratch, path = out / f".{name}.partial", out / f"{name}.safetensors"
-        save_file(unshared(network.state_dict()), scratch, metadata={"format": "pt"})
+        write_tensors(
+            scratch,
+            [
+                Entry(key, value.dtype, tuple(value.shape), lambda value=value: value)
+                for key, value in network.state_dict().items()
+            ],
+        )
         scratch.replace(path)
     manifest, settings = read_manifest(checkpoint), runtime.plain(run.config)
     facts = {

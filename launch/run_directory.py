@@ -184,7 +184,8 @@ class RunDirectory:
         Raises:
             ValueError: It is not one of this run's, or its bytes are not what was saved.
         """
-        from trainers.checkpoint import list_checkpoints, write_atomically
+        from trainers.checkpoint import list_checkpoints
+        from trainers.durable_files import write_atomically
 
         if self._is_there_already(which):
             if which != "last":

@@ -23,7 +23,7 @@ from trainers.callbacks.step_guard import StepGuard
 from trainers.callbacks.step_metrics import StepMetrics
 from trainers.callbacks.step_vote import StepVote
 from trainers.callbacks.watchdog import Report, Watchdog
-from trainers.checkpoint import CheckpointDirectory
+from trainers.checkpoint_writer import CheckpointDirectory
 from trainers.metrics import JsonLines, StampedLogger
 from trainers.strategies.parts import PartsStrategy
 
@@ -40,6 +40,8 @@ def build_trainer(
     callbacks: list[Callback],
     profiler: Profiler | None,
     report: Report = lambda reason, step: None,
+    drops_optimizer: bool = False,
+    on_commit: Callable[[Path], None] | None = None,
 ) -> lightning.Trainer:
     """Put a run's Trainer together.
 
@@ -57,8 +59,16 @@ def build_trainer(
         callbacks: The user's own, run before ours.
         profiler: A Lightning profiler, or None.
         report: Is told why the run fails, by the rank that knows it.
+        drops_optimizer: Whether to continue without the optimizer state of the checkpoint.
+        on_commit: Is called on rank 0 with each new checkpoint, in a thread.
     """
     plan, options, saves = config["plan"], config["trainer"], dict(config["checkpoints"])
+    writer = CheckpointDirectory(
+        _manifest_facts(config),
+        asynchronous=saves.pop("asynchronous"),
+        drops_optimizer=drops_optimizer,
+        on_commit=on_commit,
+    )
     for name in ("every", "keep_every"):
         saves[f"{name}_steps"] = in_steps(saves, name, plan["batch_samples"])
         del saves[f"{name}_images"]
@@ -94,7 +104,7 @@ def build_trainer(
         log_every_n_steps=1,
         deterministic=options["deterministic"],
         profiler=profiler,
-        plugins=[CheckpointDirectory(_manifest_facts(config, world_size))],
+        plugins=[writer],
         logger=loggers,
         callbacks=[
             Watchdog(timeout_s=options["timeout_s"], report=report),
@@ -132,12 +142,12 @@ def resolve_accelerator(accelerator: str) -> str:
     return accelerator
 
 
-def _manifest_facts(config: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+def _manifest_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "run": config["run"]["name"],
         "strategy": config["strategy"]["name"],
-        "world_size": world_size,
         "data_digest": config["data"].get("digest"),
+        "configuration": config,
     }
 
 

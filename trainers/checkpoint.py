@@ -1,112 +1,234 @@
 """What is saved and found again: one directory a checkpoint, whole or not there.
 
-    checkpoints/step-00000100/weights.safetensors   the module's parameters and buffers
-                              state.pt              optimizer, schedules, loops, data position
-                              manifest.json         files with sizes and digests, versions, progress
-    checkpoints/last                                the name of the newest whole checkpoint
-    checkpoints/best                                the name, metric and value of the best one
+    checkpoints/step-00000100/weights.safetensors     parameters (fp32 masters) and buffers
+                              optimizer.safetensors   optimizer state with a value per element
+                              state.pt                settings, schedules, loops, data position
+                              manifest.json           files with sizes and digests, where tensors
+                                                      are, versions, configuration, progress
+    checkpoints/last                                  the name of the newest whole checkpoint
+    checkpoints/best                                  name, metric and value of the best one
 
-A checkpoint is written beside its place, synced to disk, and renamed; `last` moves after that. No
-file is ever unpickled into arbitrary objects: safetensors holds plain tensors, `state.pt` is read
-with `weights_only=True`.
+Of several ranks each writes what it holds: `weights-00001-of-00004.safetensors` and so on. Tensors
+have the names of parameters, and under every strategy a rank has a run of the flattened elements of
+each: `name[start:stop]` in a file, or `name` where it is all. So every strategy on any number of
+ranks reads what any other wrote, and nothing has to be converted.
+
+`trainers/checkpoint_writer.py` writes them. No file is ever unpickled into arbitrary objects:
+safetensors holds plain tensors, `state.pt` is read with `weights_only=True` and no further classes.
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import pickle
 import shutil
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-FORMAT_VERSION = 2  # 1: optimizer state by index instead of by parameter name
-WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
+from trainers.durable_files import digest_of
+from trainers.safetensors_file import DTYPES, TensorFile
+from trainers.stored_tensors import Stored
 
-
-class CheckpointDirectory(CheckpointIO):
-    """Lightning's checkpoint dictionary as a directory of verified files."""
-
-    def __init__(self, facts: dict[str, Any]):
-        """Remember what every manifest of this run says: strategy, world size, data digest."""
-        self.facts = facts
-        self._is_checked = False
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        """Write `checkpoint` to the directory `path`, whole or not at all.
-
-        Raises:
-            ValueError: The file system refused, for example because the disk is full. What was
-                written is removed and older checkpoints stay.
-        """
-        path = Path(path)
-        scratch = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(scratch, ignore_errors=True)
-        try:
-            _write(scratch, checkpoint, self.facts)
-            if not self._is_checked:  # once a launch: what cannot be read should be known now
-                _read_state(scratch)
-                self._is_checked = True
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(scratch, ignore_errors=True)
-            free = shutil.disk_usage(path.parent).free / 2**20
-            raise ValueError(
-                f"runs_dir -> the checkpoint {path} could not be written ({error}; "
-                f"{free:.0f} MiB free there) -> make room or lower checkpoints.keep_last, then run "
-                f"the same command again: it continues from {read_last(path.parent) or 'the start'}"
-            ) from error
-        _replace_directory(scratch, path)
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read the directory `path` to the CPU. `verify` comes first, once per launch."""
-        return {"state_dict": load_weights(path)} | _read_state(Path(path))
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Delete the directory `path`; a crash on the way leaves nothing that looks whole."""
-        doomed = Path(path).with_name(f".{Path(path).name}.deleted")
-        Path(path).replace(doomed)
-        shutil.rmtree(doomed)
+FORMAT_VERSION = 3
+"""1: optimizer state by index instead of by parameter name; 2: everything written by rank 0."""
+STATE, MANIFEST = "state.pt", "manifest.json"
+WEIGHTS, OPTIMIZER = "weights", "optimizer"
 
 
-def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read the parameters and buffers of a checkpoint directory to the CPU."""
-    return load_file(Path(path, WEIGHTS))
+def file_name(kind: str, rank: int, num_ranks: int) -> str:
+    """File of a rank: `kind` is `weights` or `optimizer`."""
+    part = f"-{rank + 1:05d}-of-{num_ranks:05d}" if num_ranks > 1 else ""
+    return f"{kind}{part}.safetensors"
+
+
+def kind_of(name: str) -> str:
+    """Which file has a tensor: `weights/<parameter>`, `optimizer.<index>/<key>/<parameter>`."""
+    return WEIGHTS if name.startswith(f"{WEIGHTS}/") else OPTIMIZER
+
+
+def key_of(name: str, start: int, stop: int, numel: int) -> str:
+    """Name in its file of a run of a tensor."""
+    key = name.removeprefix(f"{WEIGHTS}/")
+    return key if (start, stop) == (0, numel) else f"{key}[{start}:{stop}]"
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A checkpoint to read from, tensor by tensor.
+
+    Attributes:
+        path: Its directory.
+        manifest: As `read_manifest` gives it.
+        tensors: Everything by its full name; tied names have the same tensor.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    tensors: Mapping[str, Stored]
+
+    @property
+    def weights(self) -> dict[str, Stored]:
+        """Parameters and buffers by name."""
+        start = f"{WEIGHTS}/"
+        return {n.removeprefix(start): t for n, t in self.tensors.items() if n.startswith(start)}
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What is in `state.pt`."""
+        return read_state(self.path)
+
+    @property
+    def optimizer_states(self) -> list[dict[str, Any]]:
+        """Of each optimizer `param_groups`, and `state`: parameter -> key -> value or `Stored`."""
+        found = []
+        for index, saved in enumerate(self.state["optimizer_states"]):
+            state = {name: dict(values) for name, values in saved["state"].items()}
+            prefix = f"{OPTIMIZER}.{index}/"
+            for name in (name for name in self.tensors if name.startswith(prefix)):
+                key, parameter = name.removeprefix(prefix).split("/", 1)
+                state.setdefault(parameter, {})[key] = self.tensors[name]
+            found.append({**saved, "state": state})
+        return found
+
+
+def open_checkpoint(path: str | Path) -> StoredCheckpoint:
+    """Open a checkpoint to read from; `verify` it first.
+
+    Raises:
+        ValueError: As `read_manifest`, or a file of tensors is missing or damaged.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    if manifest["format"] == 2:
+        return StoredCheckpoint(path, manifest, _read_format_2(path))
+    reader = _Reader(path, manifest["world_size"])
+    tensors = {
+        name: reader.stored(name, DTYPES[facts["dtype"]], facts["shape"], facts["pieces"])
+        for name, facts in manifest["tensors"].items()
+    }
+    tensors |= {alias: tensors[name] for alias, name in manifest["aliases"].items()}
+    return StoredCheckpoint(path, manifest, tensors)
+
+
+def _read_format_2(path: Path) -> dict[str, Stored]:
+    """Weights whole in one file; optimizer state is in `state.pt`."""
+    reader = _Reader(path, 1)
+    places = reader.file(file_name(WEIGHTS, 0, 1)).places
+    return {
+        f"{WEIGHTS}/{name}": reader.stored(
+            f"{WEIGHTS}/{name}", place.dtype, place.shape, [[0, 0, place.numel]]
+        )
+        for name, place in places.items()
+    }
+
+
+class _Reader:
+    """Reads runs of tensors from the files of ranks; their headers are read once."""
+
+    def __init__(self, path: Path, num_ranks: int):
+        self.path, self.num_ranks = path, num_ranks
+        self.files: dict[str, TensorFile] = {}
+
+    def file(self, name: str) -> TensorFile:
+        if name not in self.files:
+            self.files[name] = TensorFile(self.path / name)
+        return self.files[name]
+
+    def stored(
+        self, name: str, dtype: torch.dtype, shape: Iterable[int], pieces: list[list[int]]
+    ) -> Stored:
+        """A tensor in pieces (rank, start, stop)."""
+        size = torch.Size(shape)
+
+        def read(start: int, stop: int) -> Tensor:
+            found = []
+            for rank, first, last in pieces:
+                begin, end = max(start, first), min(stop, last)
+                if begin < end:
+                    file = self.file(file_name(kind_of(name), rank, self.num_ranks))
+                    key = key_of(name, first, last, size.numel())
+                    found.append(file.read(key, begin - first, end - first))
+            return found[0] if len(found) == 1 else torch.cat([torch.empty(0, dtype=dtype), *found])
+
+        return Stored(size, dtype, read)
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read the parameters and buffers of a checkpoint directory to the CPU.
+
+    Tied ones share their memory.
+    """
+    found: dict[Stored, Tensor] = {}
+    weights = open_checkpoint(path).weights
+    for stored in weights.values():
+        if stored not in found:
+            found[stored] = stored.whole()
+    return {name: found[stored] for name, stored in weights.items()}
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read the small state of a checkpoint to the CPU; no code of it is run.
+
+    Raises:
+        ValueError: It holds other than tensors, numbers, strings, lists and dictionaries.
+    """
+    with (path / STATE).open("rb") as file:
+        return unpickle(file, path)
+
+
+def unpickle(file: BinaryIO, path: Path) -> dict[str, Any]:
+    """As `read_state`, from an open file; `path` is for the message."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        lines = [line for line in str(error).splitlines() if "Unsupported" in line]
+        reason = lines[0].strip() if lines else "damaged"
+        raise ValueError(
+            f"checkpoint={path} -> {STATE} holds objects that are not read for safety ({reason}) "
+            f"-> keep tensors, numbers, strings, lists and dictionaries in the state of callbacks, "
+            f"modules and datamodules"
+        ) from error
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint's manifest.
 
     Raises:
-        ValueError: There is none, it is damaged, or a newer version of Trainyard wrote it.
+        ValueError: There is none, it is damaged, or a version of Trainyard wrote it whose format
+            this one does not read.
     """
     try:
         manifest = json.loads(Path(path, MANIFEST).read_text())
-        other = manifest["format"] != FORMAT_VERSION
+        is_readable = manifest["format"] in (2, FORMAT_VERSION)
+        strangers = [name for name in manifest["files"] if Path(name).name != name]
+        if strangers:
+            raise ValueError(f"it names {strangers[0]}, outside of the checkpoint")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"checkpoint={path} -> {MANIFEST} is missing or damaged ({error}) -> "
             f"choose another checkpoint{_offer(Path(path))}"
         ) from error
-    if other:
+    if not is_readable:
         raise ValueError(
             f"checkpoint={path} -> written by trainyard {manifest['versions']['trainyard']} in "
-            f"format {manifest['format']}, this one reads {FORMAT_VERSION} -> use that version"
+            f"format {manifest['format']}, this one reads 2 and {FORMAT_VERSION} -> use that "
+            "version"
         )
     return manifest
 
 
-def verify(path: str | Path) -> dict[str, Any]:
+def verify(path: str | Path, *, digests: bool = True) -> dict[str, Any]:
     """Compare every file of a checkpoint with its manifest, and return the manifest.
+
+    Args:
+        path: Its directory.
+        digests: Read all bytes; else compare sizes, which is quick for very large ones.
 
     Raises:
         ValueError: A file is missing or differs; the newest older checkpoint that is whole is
@@ -114,8 +236,8 @@ def verify(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    if damage := _find_damage(path, manifest):
-        raise ValueError(f"checkpoint={path} -> {damage} -> do not use it{_offer(path)}")
+    if damage := _find_damage(path, manifest, digests):
+        raise ValueError(f"checkpoint={path} -> {damage} -> do not use it{_offer(path, digests)}")
     return manifest
 
 
@@ -136,105 +258,39 @@ def remove_leftovers(directory: str | Path) -> None:
         shutil.rmtree(path)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file so that a reader or a crash sees the old or the new, whole."""
-    scratch = path.with_name(f".{path.name}.partial")
-    with scratch.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-    _sync_directory(path.parent)
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint; a crash on the way leaves nothing that looks whole."""
+    doomed = path.with_name(f".{path.name}.deleted")
+    path.replace(doomed)
+    shutil.rmtree(doomed)
 
 
-def _write(scratch: Path, checkpoint: dict[str, Any], facts: dict[str, Any]) -> None:
-    scratch.mkdir(parents=True)
-    state = {key: value for key, value in checkpoint.items() if key != "state_dict"}
-    save_file(unshared(checkpoint["state_dict"]), scratch / WEIGHTS, metadata={"format": "pt"})
-    with (scratch / STATE).open("wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # how its writer reports what the file system refused
-            raise OSError(str(error)) from error
-    files = {
-        name: {"bytes": (scratch / name).stat().st_size, "blake2b": _digest(scratch / name)}
-        for name in (WEIGHTS, STATE)
-    }
-    versions = {name: _version(name) for name in ("trainyard", "torch", "lightning")}
-    manifest = {"format": FORMAT_VERSION, "step": checkpoint["global_step"], "files": files}
-    manifest |= {"versions": versions} | facts
-    (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for name in (*files, MANIFEST):
-        with (scratch / name).open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_directory(scratch)
+def size_of(path: Path) -> int:
+    """Bytes of a checkpoint on disk."""
+    return sum(file.stat().st_size for file in path.iterdir())
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        lines = [line for line in str(error).splitlines() if "Unsupported" in line]
-        reason = lines[0].strip() if lines else "damaged"
-        raise ValueError(
-            f"checkpoint={path} -> {STATE} holds objects that are not read for safety ({reason}) "
-            f"-> keep tensors, numbers, strings, lists and dictionaries in the state of callbacks, "
-            f"modules and datamodules"
-        ) from error
-
-
-def unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors, a copy for each further name of one storage: safetensors wants that."""
-    seen: set[int] = set()
-    unshared = {}
-    for name, tensor in tensors.items():
-        pointer = tensor.untyped_storage().data_ptr()
-        unshared[name] = tensor.clone() if pointer in seen else tensor.contiguous()
-        seen.add(pointer)
-    return unshared
-
-
-def _replace_directory(scratch: Path, path: Path) -> None:
-    if path.exists():  # saved before by a run that was rewound or crashed before `last` moved
-        CheckpointDirectory({}).remove_checkpoint(path)
-    scratch.replace(path)
-    _sync_directory(path.parent)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _find_damage(path: Path, manifest: dict[str, Any]) -> str | None:
+def _find_damage(path: Path, manifest: dict[str, Any], digests: bool = True) -> str | None:
     for name, expected in manifest["files"].items():
-        found = _digest(path / name) if (path / name).exists() else "no such file"
-        if found != expected["blake2b"]:
-            wanted = expected["blake2b"][:16]
-            return f"{name} is not what was saved (digest {found[:16]}, expected {wanted})"
+        if not (path / name).exists():
+            return f"{name} is missing"
+        if (size := (path / name).stat().st_size) != expected["bytes"]:
+            return f"{name} is not what was saved ({size:,} bytes, expected {expected['bytes']:,})"
+    if not digests:
+        return None
+    with ThreadPoolExecutor() as pool:  # digesting lets other threads go on
+        found = pool.map(digest_of, (path / name for name in manifest["files"]))
+    for (name, expected), digest in zip(manifest["files"].items(), found, strict=True):
+        if digest != (wanted := expected["blake2b"]):
+            return f"{name} is not what was saved (digest {digest[:16]}, expected {wanted[:16]})"
     return None
 
 
-def _offer(path: Path) -> str:
+def _offer(path: Path, digests: bool = True) -> str:
     """The newest whole checkpoint before `path`, as the end of a sentence."""
     for older in reversed(list_checkpoints(path.parent)):
         if older.name < path.name:
             with contextlib.suppress(ValueError):
-                if _find_damage(older, read_manifest(older)) is None:
+                if _find_damage(older, read_manifest(older), digests) is None:
                     return f"; the one before it is whole: checkpoint={older.name}"
     return "; no older one is whole: start again under another run.name"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a clone on PYTHONPATH that nobody installed
-        return "not installed"

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
 
-from trainers.checkpoint import write_atomically
+from trainers.durable_files import write_atomically
 
 Stamp = Callable[[], dict[str, float]]
 

@@ -17,7 +17,7 @@ from launch.run_directory import RunDirectory
 from launch.summary import print_summary, summarize
 from tests.launch.image_module import ImageModule
 from trainers.callbacks.step_metrics import StepMetrics
-from trainers.checkpoint import CheckpointDirectory
+from trainers.checkpoint_writer import CheckpointDirectory
 
 
 @pytest.fixture

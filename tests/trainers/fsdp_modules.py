@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from modules.gpt import GPT
-from trainers.checkpoint import CheckpointDirectory
+from trainers.checkpoint_writer import CheckpointDirectory
 from trainers.strategies.fsdp import FullySharded
 from trainers.strategies.replicated import Single
 
@@ -228,4 +228,7 @@ def fit(module, strategy=FullySharded, *, accum=1, steps=STEPS, resume=None, dat
 
 
 def weights(trainer):
-    return trainer.strategy.lightning_module_state_dict()
+    """Whole, on the CPU of rank 0; nothing elsewhere."""
+    own = trainer.lightning_module.state_dict(keep_vars=True)
+    wholes = {name: trainer.strategy.whole(value).cpu().clone() for name, value in own.items()}
+    return wholes if trainer.is_global_zero else {}

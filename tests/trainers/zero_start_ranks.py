@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.memory import live_storages
-from tests.trainers.fsdp_modules import TinyGPT, fit, token_batches
+from tests.trainers.fsdp_modules import TinyGPT, fit, token_batches, weights
 from trainers.strategies.zero import ZeRO
 
 CASES = {  # stage, precision, parameters
@@ -40,7 +40,7 @@ class StartedGPT(TinyGPT):
         self.most_alive = max(self.most_alive, self.alive())
 
     def on_train_start(self):
-        self.start = self.trainer.strategy.lightning_module_state_dict()
+        self.start = weights(self.trainer)
 
 
 def start(stage, precision, parameters):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from trainers.callbacks.step_guard import StepGuard
 from trainers.callbacks.step_vote import StepVote
-from trainers.checkpoint import list_checkpoints, remove_leftovers, write_atomically
+from trainers.checkpoint import list_checkpoints, remove_checkpoint, remove_leftovers, size_of
+from trainers.checkpoint_writer import CheckpointDirectory
+from trainers.durable_files import write_atomically
 
 
 class Checkpointing(Callback):
@@ -18,6 +21,9 @@ class Checkpointing(Callback):
     `last` names the newest checkpoint and moves only when its bytes are durable; `best` names the
     one with the lowest `monitor`. Where validation is due at the same step, saving waits for it, so
     that a resumed run neither repeats nor misses a validation.
+
+    Saves go on beside the training (`trainers/checkpoint_writer.py`); the next one, the end and a
+    signal to stop wait for them.
     """
 
     def __init__(
@@ -28,6 +34,7 @@ class Checkpointing(Callback):
         every_minutes: float | None,
         keep_last: int,
         keep_every_steps: int | None,
+        max_gib: float | None,
         monitor: str,
         guard: StepGuard,
         vote: StepVote,
@@ -40,6 +47,8 @@ class Checkpointing(Callback):
             every_minutes: Save when this many minutes have passed; None for not by time.
             keep_last: Newest checkpoints to keep; others are deleted unless kept for a reason.
             keep_every_steps: Keep those at multiples of this many steps for good; None for none.
+            max_gib: Size that all together may have after a save, in GiB: the oldest go, whatever
+                they are kept for, but never the newest and the best; None for any.
             monitor: Validation metric, lower is better, that decides `best`.
             guard: Knows whether what would be saved is worth it.
             vote: Makes the clock of any rank the clock of all.
@@ -49,6 +58,7 @@ class Checkpointing(Callback):
         self.every_minutes = every_minutes
         self.keep_last = keep_last
         self.keep_every_steps = keep_every_steps
+        self.max_gib = max_gib
         self.monitor = monitor
         self.guard = guard
         self.vote = vote
@@ -57,11 +67,15 @@ class Checkpointing(Callback):
         self._saved_at = time.monotonic()
         self._saved_step = 0
         self._validation_pending = False
+        self._best = float("inf")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tidy up after a crash, and count from here."""
         if trainer.is_global_zero:
             remove_leftovers(self.directory)
+        if writer_of(trainer).drops_optimizer:
+            _set_rates(trainer)
+        self._best = self._best_value()
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def on_save_checkpoint(
@@ -104,6 +118,7 @@ class Checkpointing(Callback):
         accum = trainer.accumulate_grad_batches
         if (batch_idx + 1) % accum:
             return
+        writer_of(trainer).raise_failure()
         every = trainer.val_check_batch or batch_idx + 1
         if trainer.global_step >= trainer.max_steps:
             every = trainer.val_check_batch = batch_idx + 1
@@ -124,12 +139,12 @@ class Checkpointing(Callback):
                 f"use one of: {known}"
             )
         value = float(trainer.callback_metrics[self.monitor])
-        is_best = trainer.strategy.broadcast(value < self._best_value())
+        is_best = trainer.strategy.broadcast(value < self._best)
         if is_best or self._is_due(trainer):
             self.save(trainer, best=value if is_best else None)
 
     def save(self, trainer: Trainer, best: float | None = None) -> None:
-        """Save now, on all ranks; nothing if this step is saved already.
+        """Begin to save, on all ranks; nothing if this step is saved already.
 
         Args:
             trainer: Of the run.
@@ -138,19 +153,29 @@ class Checkpointing(Callback):
 
         Raises:
             FloatingPointError: The run has diverged.
+            ValueError: The file system refused this save or the one before.
         """
         if self._saved_step != trainer.global_step:
             self.guard.check(trainer)
-            name = _name(trainer)
-            trainer.save_checkpoint(self.directory / name)
-            if trainer.is_global_zero:
-                if best is not None:
-                    entry = {"checkpoint": name, "metric": self.monitor, "value": best}
-                    write_atomically(self.directory / "best", json.dumps(entry) + "\n")
-                write_atomically(self.directory / "last", name + "\n")
-                self._forget_old(trainer)
-            trainer.strategy.barrier("checkpoint")
+            name = f"step-{trainer.global_step:08d}"
+            then = partial(self._point_to, name, best)
+            trainer.save_checkpoint(self.directory / name, storage_options=then)
+            self._best = self._best if best is None else best
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def wait(self, trainer: Trainer) -> None:
+        """Wait until the last save is done; collective."""
+        writer_of(trainer).wait()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the last save."""
+        self.wait(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let a save finish that the run's end does not concern."""
+        writer_of(trainer).abandon()
 
     def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
@@ -168,18 +193,42 @@ class Checkpointing(Callback):
         best = self.directory / "best"
         return json.loads(best.read_text())["value"] if best.exists() else float("inf")
 
-    def _forget_old(self, trainer: Trainer) -> None:
-        best = self.directory / "best"
-        kept = {_name(trainer)}  # not the highest step after going back to an older checkpoint
-        if best.exists():
-            kept.add(json.loads(best.read_text())["checkpoint"])
+    def _point_to(self, name: str, best: float | None) -> None:
+        """Move the pointers to a checkpoint that is in its place, and delete what is not kept."""
+        if best is not None:
+            entry = {"checkpoint": name, "metric": self.monitor, "value": best}
+            write_atomically(self.directory / "best", json.dumps(entry) + "\n")
+        write_atomically(self.directory / "last", name + "\n")
+        path = self.directory / "best"
+        kept = {name}  # not the highest step after going back to an older checkpoint
+        if path.exists():
+            kept.add(json.loads(path.read_text())["checkpoint"])
         checkpoints = list_checkpoints(self.directory)
-        for path in checkpoints[: -self.keep_last]:
-            step = int(path.name.removeprefix("step-"))
+        for old in checkpoints[: -self.keep_last]:
+            step = int(old.name.removeprefix("step-"))
             is_kept = self.keep_every_steps and step % self.keep_every_steps == 0
-            if path.name not in kept and not is_kept:
-                trainer.strategy.checkpoint_io.remove_checkpoint(path)
+            if old.name not in kept and not is_kept:
+                remove_checkpoint(old)
+        if self.max_gib is not None:
+            self._make_room(self.max_gib * 2**30, kept)
+
+    def _make_room(self, allowed: float, kept: set[str]) -> None:
+        sizes = {path: size_of(path) for path in list_checkpoints(self.directory)}
+        for path in [path for path in sizes if path.name not in kept]:
+            if sum(sizes.values()) > allowed:
+                remove_checkpoint(path)
+                del sizes[path]
 
 
-def _name(trainer: Trainer) -> str:
-    return f"step-{trainer.global_step:08d}"
+def writer_of(trainer: Trainer) -> CheckpointDirectory:
+    """What writes the checkpoints of a run."""
+    writer = trainer.strategy.checkpoint_io
+    assert isinstance(writer, CheckpointDirectory)
+    return writer
+
+
+def _set_rates(trainer: Trainer) -> None:
+    """Bring rates to where their schedules are: an optimizer without its state has those of 0."""
+    for config in trainer.lr_scheduler_configs:
+        config.scheduler.last_epoch -= 1
+        config.scheduler.step()  # pyright: ignore[reportCallIssue]

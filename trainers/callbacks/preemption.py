@@ -54,6 +54,7 @@ class Preemption(Callback):
         if trainer.global_step >= trainer.max_steps:
             return  # it is done anyway
         self.checkpointing.save(trainer)
+        self.checkpointing.wait(trainer)
         raise PreemptedError(self.signal_name or "a signal to another rank")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

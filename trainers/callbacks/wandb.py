@@ -12,7 +12,7 @@ import wandb
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from trainers.callbacks.preemption import PreemptedError
-from trainers.checkpoint import write_atomically
+from trainers.durable_files import write_atomically
 from trainers.metrics import StampedLogger
 
 

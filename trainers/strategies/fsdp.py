@@ -24,13 +24,16 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from trainers.stored_tensors import Run, Stored
 from trainers.strategies.fsdp_shards import (
     FusedOnShards,
     Slots,
     follow,
     gather,
     make_mesh,
+    run_of,
     take_shard,
+    take_stored,
 )
 from trainers.strategies.initial_values import (
     give_initial_values,
@@ -38,6 +41,7 @@ from trainers.strategies.initial_values import (
     refuse_buffers_on_meta,
 )
 from trainers.strategies.parts import PartsStrategy
+from trainers.strategies.whole_state import is_elementwise
 
 
 class FullySharded(PartsStrategy):
@@ -244,21 +248,33 @@ class FullySharded(PartsStrategy):
         """As `PartsStrategy.whole`, by way of the device where shards are elsewhere."""
         return gather(value, self.root_device)
 
-    def take(self, value: Tensor, whole: Tensor) -> None:
-        """Cut out this rank's shard; nothing is sent."""
-        take_shard(value, whole)
+    def held(self, value: Tensor) -> Run:
+        """This rank's rows."""
+        if not isinstance(value, DTensor):
+            return super().held(value)
+        run, is_mine = run_of(value)
+        return run if is_mine else run.without_values()
 
-    def whole_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-        """As `PartsStrategy.whole_state`, gathered."""
-        state = super().whole_state(optimizer, parameter)
-        return {key: gather(value, self.root_device) for key, value in state.items()}
+    def take(self, value: Tensor, stored: Stored) -> None:
+        """Read this rank's rows; nothing is sent."""
+        take_stored(value, stored)
+
+    def held_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+        """As `PartsStrategy.held_state`, this rank's rows; what is smaller is gathered."""
+        state = optimizer.state.get(parameter, {})
+        return {
+            key: self.held(value)
+            if is_elementwise(key, value, parameter.shape)
+            else gather(value, self.root_device)
+            for key, value in state.items()
+        }
 
     def take_state(
         self, optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Any
     ) -> None:
-        """Cut tensors of the parameter's shape as the parameter is cut; take others whole."""
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
+        """Read what has a value for each element as the parameter is cut; take others whole."""
+        if isinstance(value, Stored):
             shard = torch.empty_like(parameter, dtype=value.dtype)
-            take_shard(shard, value)
+            take_stored(shard, value)
             value = shard
         super().take_state(optimizer, parameter, key, value)

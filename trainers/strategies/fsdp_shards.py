@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from trainers.stored_tensors import Run, Stored
+
 Slots = list[tuple[nn.Module, str, nn.Parameter]]
 """(leaf module, attribute, shard) of a network's parameters."""
 
@@ -37,6 +39,26 @@ def follow(slots: Slots) -> None:
             parameter.requires_grad_(shard.requires_grad)
 
 
+def run_of(shard: DTensor) -> tuple[Run, bool]:
+    """The elements that this rank has of a tensor cut by rows, and whether it is to save them.
+
+    Of several copies of the model the first does.
+    """
+    coordinate = shard.device_mesh.get_coordinate()
+    assert coordinate is not None
+    begin, is_first = 0, True
+    for placement, ranks, index in zip(
+        shard.placements, shard.device_mesh.shape, coordinate, strict=True
+    ):
+        if isinstance(placement, Shard):
+            assert placement.dim == 0, placement
+            begin = min(index * -(-shard.shape[0] // ranks), shard.shape[0])
+        else:
+            is_first = is_first and index == 0
+    start = begin * shard.shape[1:].numel()
+    return Run(shard.shape, start, shard.to_local().detach().flatten()), is_first
+
+
 def shard_of(value: Tensor, like: DTensor) -> Tensor:
     """This rank's piece of a whole tensor, cut as `like` is; a view, nothing is sent."""
     coordinate = like.device_mesh.get_coordinate()
@@ -58,6 +80,17 @@ def take_shard(tensor: Tensor, whole: Tensor) -> None:
         tensor.to_local().copy_(shard_of(whole, tensor))
     else:
         tensor.copy_(whole)
+
+
+@torch.no_grad()
+def take_stored(tensor: Tensor, stored: Stored) -> None:
+    """Set a tensor, or this rank's shard of it, from a checkpoint; only that is read."""
+    if isinstance(tensor, DTensor):
+        run, _ = run_of(tensor)
+        local = tensor.to_local()
+        local.copy_(stored.run(run.start, run.stop).view(local.shape))
+    else:
+        tensor.copy_(stored.whole())
 
 
 def gather(value: Any, device: torch.device) -> Any:

@@ -1,4 +1,8 @@
-"""State by parameter name, the same under every strategy: what one saves, any other can read."""
+"""State by parameter name, the same under every strategy: what one saves, any other can read.
+
+Each rank saves what it holds and reads what it needs (`trainers/stored_tensors.py`); nothing is
+gathered.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from trainers.stored_tensors import Run, Stored, deal
+
 
 class WholeState(DDPStrategy):
-    """Saves whole values and takes them back; a strategy says how one value is put together."""
+    """Saves and takes state back; a strategy says what of one value is on this rank."""
 
     @property
     def module(self) -> LightningModule:
@@ -35,18 +41,41 @@ class WholeState(DDPStrategy):
         """A parameter or buffer, whole and not rounded; collective."""
         return value.detach()
 
-    def take(self, value: Tensor, whole: Tensor) -> None:
-        """Set a parameter or buffer, or what this rank has of it; collective."""
-        value.detach().copy_(whole)
+    def held(self, value: Tensor) -> Run:
+        """What this rank is to save of a parameter or buffer, not rounded; a view if it can be."""
+        run = Run.whole(value)
+        is_mine = isinstance(value, nn.Parameter) or self.is_global_zero
+        return run if is_mine else run.without_values()  # buffers may differ between ranks
 
-    def whole_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-        """What an optimizer remembers of a parameter, whole; collective."""
-        return optimizer.state.get(parameter, {})
+    def take(self, value: Tensor, stored: Stored) -> None:
+        """Set a parameter or buffer, or what this rank has of it; collective."""
+        value.detach().copy_(stored.whole())
+
+    def held_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+        """What this rank is to save of what an optimizer remembers of a parameter.
+
+        Returns:
+            Key -> `Run` where there is a value for each element, on every rank; else the value.
+        """
+        state = optimizer.state.get(parameter, {})
+        return {
+            key: Run.whole(value) if is_elementwise(key, value, parameter.shape) else value
+            for key, value in state.items()
+        }
 
     def take_state(
         self, optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Any
     ) -> None:
-        """Let an optimizer remember one thing of a parameter; tensors are copies, and placed."""
+        """Let an optimizer remember one thing of a parameter; tensors are copies, and placed.
+
+        Args:
+            optimizer: It.
+            parameter: Whole or a shard.
+            key: What.
+            value: `Stored` where there is a value for each element.
+        """
+        if isinstance(value, Stored):
+            value = value.whole().to(parameter.device)
         optimizer.state[parameter][key] = value
 
     # -- what it gives --------------------------------------------------------------------------
@@ -67,15 +96,21 @@ class WholeState(DDPStrategy):
         return {parameter: name for name, parameter in self.module.named_parameters()}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Parameters and buffers on the CPU of rank 0, nothing elsewhere; collective."""
+        """What this rank is to save of parameters and buffers: name -> `Run`."""
         self.release_weights()
         own = self.module.state_dict(keep_vars=True)
-        wholes: dict[Tensor, Tensor | None] = {}  # what has two names has one value
-        for value in own.values():
-            if value not in wholes:
-                whole = self.whole(value)
-                wholes[value] = whole.cpu() if self.is_global_zero else None
-        return {n: wholes[value] for n, value in own.items()} if self.is_global_zero else {}
+        names: dict[Tensor, str] = {}
+        for name, value in own.items():
+            names.setdefault(value, name)  # what has two names is one value, and saved once
+        runs = {name: self.held(value) for value, name in names.items()}
+        mine = deal(runs, self.global_rank, self.world_size)
+        return {name: mine[names[value]] for name, value in own.items()}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Save what every rank holds."""
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take parameters and buffers, one at a time.
@@ -90,29 +125,35 @@ class WholeState(DDPStrategy):
             self.take(own[name], saved[name])
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """An optimizer's state on rank 0, nothing elsewhere; collective.
+        """What this rank is to save of an optimizer's state.
 
         Returns:
-            `state`: parameter's name -> whole state on the CPU; `param_groups`: the groups with
-            names for parameters.
+            `state`: parameter's name -> key -> `Run`, or the value where it has none for each
+            element; `param_groups`: the groups with names for parameters.
         """
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
-        names, state = self.parameter_names(), {}
+        names = self.parameter_names()
+        state: dict[str, dict[str, Any]] = {}
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            values = self.whole_state(optimizer, parameter)
-            if self.is_global_zero and values:
-                state[names[parameter]] = {
-                    key: value.cpu() if isinstance(value, Tensor) else value
-                    for key, value in values.items()
-                }
-        if not self.is_global_zero:
-            return {}
+            if values := self.held_state(optimizer, parameter):
+                state[names[parameter]] = dict(values)
+        runs = {
+            f"{key}/{name}": value
+            for name, values in state.items()
+            for key, value in values.items()
+            if isinstance(value, Run)
+        }
+        for full, run in deal(runs, self.global_rank, self.world_size).items():
+            key, name = full.split("/", 1)
+            state[name][key] = run
         return {"state": state, "param_groups": named_groups(optimizer, names)}
 
     @torch.no_grad()
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Give each optimizer its state back."""
+        """Give each optimizer its state back, unless it was left out."""
+        if not checkpoint["optimizer_states"]:
+            return
         names = self.parameter_names()
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             load_groups(optimizer, saved, names)
@@ -123,12 +164,17 @@ class WholeState(DDPStrategy):
                         self.take_state(optimizer, parameter, key, value)
 
 
+def is_elementwise(key: str, value: Any, shape: torch.Size) -> bool:
+    """Whether an optimizer's `key` has a value for each element of a parameter of this shape."""
+    return isinstance(value, Tensor) and value.shape == shape and key != "step"
+
+
 def refuse_other_weights(own: Mapping[str, Any], saved: Mapping[str, Any], strict: bool) -> None:
     """Compare saved weights with a module's.
 
     Args:
         own: Its state dict, where ZeRO-3 may have emptied parameters.
-        saved: Whole tensors by name.
+        saved: What was saved, by name.
         strict: Whether to refuse missing and unexpected names.
 
     Raises:

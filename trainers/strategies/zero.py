@@ -13,6 +13,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainers.stored_tensors import Run, Stored
 from trainers.strategies.deepspeed_settings import (
     complete_config,
     import_deepspeed,
@@ -32,7 +34,12 @@ from trainers.strategies.initial_values import give_initial_values
 from trainers.strategies.parts import PartsStrategy
 from trainers.strategies.precision import StepCalledOff, call_off
 from trainers.strategies.stretches import lay_out
-from trainers.strategies.zero_shards import ShardedParameter, find_shards, refresh
+from trainers.strategies.zero_shards import (
+    ShardedParameter,
+    find_shards,
+    refresh,
+    run_of_frozen,
+)
 
 
 class ZeRO(PartsStrategy):
@@ -173,7 +180,7 @@ class ZeRO(PartsStrategy):
             if parameter in self.shards:
                 value = self._originals.get(name)
                 value = self.module.initial_value(name) if value is None else value  # type: ignore
-                self.shards[parameter].set(value)
+                self.shards[parameter].take(Stored.of(value))
         self._originals = {}
 
     # -- a step ---------------------------------------------------------------------------------
@@ -235,13 +242,22 @@ class ZeRO(PartsStrategy):
             whole = value.detach().clone()
         return whole.float() if isinstance(value, nn.Parameter) else whole
 
-    def take(self, value: Tensor, whole: Tensor) -> None:
+    def held(self, value: Tensor) -> Run:
+        """This rank's run of a master; of what has none, as the model uses it."""
+        if value in self.shards:
+            return self.shards[value].held()
+        if hasattr(value, "ds_id"):
+            return run_of_frozen(value)
+        run = super().held(value)
+        return replace(run, values=run.values.float()) if isinstance(value, nn.Parameter) else run
+
+    def take(self, value: Tensor, stored: Stored) -> None:
         """Set this rank's run of a master; what has none, as the model uses it."""
         if value in self.shards:
-            self.shards[value].set(whole)
+            self.shards[value].take(stored)
             return
         with self._gathered(value, modifier_rank=0):
-            value.detach().copy_(whole)
+            value.detach().copy_(stored.whole())
 
     def _gathered(self, value: Tensor, **options: Any) -> AbstractContextManager[None]:
         if not hasattr(value, "ds_id"):
@@ -256,11 +272,11 @@ class ZeRO(PartsStrategy):
         for engine in self.engines.values():
             refresh(engine)
 
-    def whole_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-        """As `PartsStrategy.whole_state`, put together; nothing of what is not trained."""
+    def held_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+        """As `PartsStrategy.held_state`, of DeepSpeed's; nothing of what is not trained."""
         if (shard := self.shards.get(parameter)) is None:
             return {}
-        return {key: shard.get(key) for key in shard.state_keys()} | shard.unsharded()
+        return {key: shard.held(key) for key in shard.state_keys()} | shard.unsharded()
 
     def take_state(
         self, optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Any

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainers.stored_tensors import Run, Stored
+
 
 @dataclass(frozen=True)
 class ShardedParameter:
@@ -38,18 +40,22 @@ class ShardedParameter:
     optimizer: torch.optim.Optimizer
     group: Any
 
-    def get(self, key: str | None = None) -> Tensor:
-        """Put the whole master, or its optimizer state `key`, together on every rank; fp32."""
+    def get(self) -> Tensor:
+        """Put the whole master together on every rank; fp32."""
         whole = torch.zeros(self.shape.numel(), dtype=torch.float32, device=self.device)
         if self.numel:
-            whole[self.start : self.start + self.numel] = self._run(self._holder(key))
+            whole[self.start : self.start + self.numel] = self._run(self.flat)
         torch.distributed.all_reduce(whole, group=self.group)
         return whole.view(self.shape)
 
-    def set(self, value: Tensor, key: str | None = None) -> None:
-        """Take this rank's run from a whole master or optimizer state; nothing is exchanged."""
+    def held(self, key: str | None = None) -> Run:
+        """This rank's run of the master, or of its optimizer state `key`; a view."""
+        return Run(self.shape, self.start, self._run(self._holder(key)))
+
+    def take(self, stored: Stored, key: str | None = None) -> None:
+        """Set this rank's run of the master or of an optimizer state; nothing is exchanged."""
         if self.numel:
-            run = value.flatten()[self.start : self.start + self.numel]
+            run = stored.run(self.start, self.start + self.numel)
             self._run(self._holder(key)).copy_(run)
 
     def state_keys(self) -> list[str]:
@@ -70,10 +76,10 @@ class ShardedParameter:
     def set_state(self, key: str, value: Any) -> None:
         """Take back one entry of `state_keys` or `unsharded`."""
         state = self.optimizer.state[self.flat]
-        if isinstance(value, Tensor) and value.shape == self.shape and value.ndim:
+        if isinstance(value, Stored):
             if key not in state:
                 state[key] = torch.zeros_like(self.flat, requires_grad=False)
-            self.set(value, key)
+            self.take(value, key)
         elif isinstance(value, Tensor) and value.ndim:
             own = self.optimizer.state[self.parameter]
             own[key] = value.to(self.flat.device, copy=True)
@@ -143,6 +149,14 @@ def _of_stage_3(zero: Any, parameter: Any) -> ShardedParameter:
         optimizer=zero.optimizer,
         group=parameter.ds_process_group,
     )
+
+
+def run_of_frozen(parameter: Any) -> Run:
+    """This rank's run of a parameter that stage 3 has cut and nothing trains."""
+    piece = parameter.ds_tensor
+    start = torch.distributed.get_rank(parameter.ds_process_group) * piece.numel()
+    count = max(0, min(piece.numel(), parameter.ds_numel - start))
+    return Run(parameter.ds_shape, start, piece.detach().flatten()[:count].float())
 
 
 def refresh(engine: Any) -> None:
