@@ -1,5 +1,6 @@
 """What may differ between two launches of one run, and what may not."""
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -29,6 +30,7 @@ ADDED_KEYS = (
     "batch_images", "max_images", "trainer.val_every_images", "trainer.pictures_every_images",
 )  # fmt: skip
 LENGTH_KEYS = ("max_tokens", "max_samples", "max_images", "max_steps")
+RESUME_VALUES = {"drop": (None, "optimizer"), "verify": ("digests", "sizes")}
 
 
 def refuse_changes(old: DictConfig, new: DictConfig, run: str) -> None:
@@ -39,15 +41,53 @@ def refuse_changes(old: DictConfig, new: DictConfig, run: str) -> None:
     """
     changed = changed_keys(old, new)
     free = FREE_KEYS + (LENGTH_KEYS if new.resume.extend else ())
+    free += ("module.optimizer",) if new.resume.drop else ()
     refused = [line for key, line in changed.items() if not _is_within(key, free)]
     if refused:
-        is_longer = any(key in LENGTH_KEYS for key in changed)
-        remedy = "; to train longer add resume.extend=true" if is_longer else ""
+        remedy = ""
+        if any(key in LENGTH_KEYS for key in changed):
+            remedy += "; to train longer add resume.extend=true"
+        if "module.optimizer.name" in changed and not new.resume.drop:
+            remedy += "; to go on without what the optimizer remembers add resume.drop=optimizer"
         raise ValueError(
             f"run.name={new.run.name} -> {run} was trained with another configuration:\n  "
             + "\n  ".join(refused)
             + f"\n-> take these changes back to continue it, or choose another run.name{remedy}"
         )
+
+
+def check_resume(config: DictConfig) -> None:
+    """Refuse values of `resume` that do not exist.
+
+    Raises:
+        ValueError: There are such.
+    """
+    for key, values in RESUME_VALUES.items():
+        if (value := config.resume[key]) not in values:
+            names = " or ".join(str(each or "null") for each in values)
+            raise ValueError(f"resume.{key}={value} -> unknown -> use {names}")
+
+
+def drops_optimizer(manifest: Mapping[str, Any], config: DictConfig) -> bool:
+    """Whether a run goes on without the optimizer state of a checkpoint.
+
+    With `resume.drop=optimizer` it does once, and again where the optimizer has changed since.
+
+    Raises:
+        ValueError: The checkpoint has the state of another optimizer, and it may not be dropped.
+    """
+    saved = manifest.get("configuration", {})
+    before = saved.get("module", {}).get("optimizer")
+    now = OmegaConf.to_container(config.module.get("optimizer", {}), resolve=True)
+    if config.resume.drop:
+        return before != now or not saved.get("resume", {}).get("drop")
+    if before and before.get("name") != now.get("name"):  # type: ignore[union-attr]
+        raise ValueError(
+            f"module.optimizer.name={config.module.optimizer.name} -> the checkpoint of step "
+            f"{manifest['step']} has what {before['name']} remembers, which another optimizer "
+            "cannot take -> go on without it with resume.drop=optimizer, or take the change back"
+        )
+    return False
 
 
 def changed_keys(old: DictConfig, new: DictConfig) -> dict[str, str]:

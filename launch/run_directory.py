@@ -20,7 +20,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from launch.resume_rules import refuse_changes
+from launch.resume_rules import check_resume, drops_optimizer, refuse_changes
 
 TOKENIZERS = ("tokenizer.json", "target_tokenizer.json")
 """Of what a model reads, and of what it writes where that is another."""
@@ -86,7 +86,6 @@ class RunDirectory:
 
         Written by rank zero; an exception that passes through is the reason of a failed run.
         """
-        from trainers.checkpoint import read_last
 
         def write(state: str, reason: str = "") -> None:
             if trainer.is_global_zero:
@@ -94,8 +93,7 @@ class RunDirectory:
                 if state in ("running", "preempted"):
                     print(f"run {self.path.name}: {state}: {reason}", flush=True)
 
-        last = read_last(self.checkpoints)
-        begins = f"continues from {last}" if last else "begins"
+        begins = self._describe_start(trainer.strategy.checkpoint_io.drops_optimizer)
         write("running", f"{begins}, up to {trainer.max_steps} steps, in {self.path}")
         try:
             yield write
@@ -104,6 +102,17 @@ class RunDirectory:
             if not self.status.get("is_cause"):
                 write(state, f"{type(error).__name__}: {error}")
             raise
+
+    def _describe_start(self, drops_optimizer: bool) -> str:
+        from trainers.checkpoint import read_manifest
+
+        path = self.find_checkpoint("last")
+        if path is None:
+            return "begins"
+        manifest = read_manifest(path)
+        saved, ranks = manifest.get("strategy"), manifest.get("world_size")
+        without = ", without its optimizer state" if drops_optimizer else ""
+        return f"continues from {path.name} (saved by {saved} on {ranks} rank(s)){without}"
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Keep what a finished run reports."""
@@ -144,8 +153,25 @@ class RunDirectory:
             )
         return path
 
-    def verify_checkpoint(self, which: str) -> None:
+    def continuation(self, config: DictConfig) -> dict[str, Any]:
+        """Where the run continues: arguments of `trainers.build.build_trainer`.
+
+        Raises:
+            ValueError: The checkpoint has the state of another optimizer.
+        """
+        from trainers.checkpoint import read_manifest
+
+        path = self.find_checkpoint("last")
+        manifest = read_manifest(path) if path else {"step": 0}
+        drops = bool(path) and drops_optimizer(manifest, config)
+        return {"resume_step": manifest["step"], "drops_optimizer": drops}
+
+    def verify_checkpoint(self, which: str, how: str = "digests") -> None:
         """Check the bytes of the checkpoint that the run would continue from, if there is one.
+
+        Args:
+            which: As `find_checkpoint`.
+            how: `digests`, or `sizes` to read none of them.
 
         Raises:
             ValueError: They are not what was saved; names the file and the checkpoint before it.
@@ -154,7 +180,7 @@ class RunDirectory:
 
         path = self.find_checkpoint(which)
         if path is not None:
-            verify(path)
+            verify(path, digests=how == "digests")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -175,7 +201,7 @@ class RunDirectory:
                 ) from error
             yield
 
-    def go_back_to(self, which: str) -> None:
+    def go_back_to(self, which: str, verify: str = "digests") -> None:
         """Make the checkpoint that `checkpoint=<name>|best` names the one to continue from, once.
 
         Later ones are set aside in `checkpoints/abandoned`, and `best` is dropped if it is later.
@@ -198,7 +224,7 @@ class RunDirectory:
                 f"checkpoint={which} -> it is not of run {self.path.name} -> to start from another "
                 f"run's weights use init_from={which} under a new run.name"
             )
-        self.verify_checkpoint(which)
+        self.verify_checkpoint(which, verify)
         write_atomically(self.checkpoints / "last", path.name + "\n")
         if _read_json(self.checkpoints / "best").get("checkpoint", "") > path.name:
             (self.checkpoints / "best").unlink()
@@ -225,8 +251,10 @@ class RunDirectory:
         from trainers.checkpoint import list_checkpoints
 
         saved = list_checkpoints(self.checkpoints)
+        check_resume(config)
         if saved:
             refuse_changes(self.config, config, str(self.path))
+            self.continuation(config)
             newest = int(saved[-1].name.removeprefix("step-"))
             stays = self._is_there_already(str(config.checkpoint))
             if config.resume.extend and stays and newest > config.plan.max_steps:

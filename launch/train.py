@@ -23,11 +23,11 @@ def train(config: DictConfig) -> int:
         return runtime.DONE if run.is_done(config) else fit(run, config)
     with run.lock(), run.noting_failed_start():
         run.compare(config)
-        run.go_back_to(str(config.checkpoint))
+        run.go_back_to(str(config.checkpoint), config.resume.verify)
         if run.is_done(config):
             print_summary(run)
             return runtime.DONE
-        run.verify_checkpoint("last")
+        run.verify_checkpoint("last", config.resume.verify)
         run.accept(config)
         if num_ranks > 1 and not runtime.is_rank():
             return ranks.start(run, num_ranks)
@@ -58,7 +58,6 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
     from trainers.batch_plan import give_whole_steps
     from trainers.build import build_trainer
     from trainers.callbacks.preemption import PreemptedError
-    from trainers.checkpoint import read_manifest
     from trainers.compat import check
 
     checkpoint = run.find_checkpoint("last")
@@ -72,7 +71,7 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
         runtime.plain(config),
         run.path,
         world_size=runtime.world_size(config),
-        resume_step=read_manifest(checkpoint)["step"] if checkpoint else 0,
+        **run.continuation(config),
         grad_accum=give_whole_steps(module, datamodule, config.plan.grad_accum),
         strategy=instantiate(config.strategy, _convert_="all")["make"],
         loggers=runtime.build_loggers(config, run.path),

@@ -63,6 +63,7 @@ def test_batch_counters_follow_the_accumulation(behind, tmp_path):
         every_minutes=None,
         keep_last=1,
         keep_every_steps=None,
+        max_gib=None,
         monitor="val/loss",
         guard=StepGuard(nonfinite="stop", spike=SPIKE, max_skips=20),
         vote=StepVote(),
