@@ -45,7 +45,7 @@ def refuse_changes(old: DictConfig, new: DictConfig, run: str) -> None:
     refused = [line for key, line in changed.items() if not _is_within(key, free)]
     if refused:
         remedy = ""
-        if any(key in LENGTH_KEYS for key in changed):
+        if any(key in LENGTH_KEYS for key in changed) and not new.resume.extend:
             remedy += "; to train longer add resume.extend=true"
         if "module.optimizer.name" in changed and not new.resume.drop:
             remedy += "; to go on without what the optimizer remembers add resume.drop=optimizer"
