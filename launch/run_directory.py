@@ -254,7 +254,6 @@ class RunDirectory:
         check_resume(config)
         if saved:
             refuse_changes(self.config, config, str(self.path))
-            self.continuation(config)
             newest = int(saved[-1].name.removeprefix("step-"))
             stays = self._is_there_already(str(config.checkpoint))
             if config.resume.extend and stays and newest > config.plan.max_steps:

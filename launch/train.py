@@ -28,6 +28,7 @@ def train(config: DictConfig) -> int:
             print_summary(run)
             return runtime.DONE
         run.verify_checkpoint("last", config.resume.verify)
+        run.continuation(config)  # refuses what cannot be carried over
         run.accept(config)
         if num_ranks > 1 and not runtime.is_rank():
             return ranks.start(run, num_ranks)

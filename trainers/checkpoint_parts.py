@@ -1,5 +1,6 @@
 """One save: what of it each rank writes, and how that becomes a checkpoint."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -105,6 +106,16 @@ def write_files(save: Save, rank: int, num_ranks: int) -> None:
     }
     text = json.dumps({"files": files, "tensors": tensors})
     write_atomically(save.scratch / _part_name(rank), text)
+
+
+def discard(save: Save, rank: int, num_ranks: int) -> None:
+    """Remove what this rank wrote, and the directory if nobody else writes there."""
+    names = [file_name(kind, rank, num_ranks) for kind in (WEIGHTS, OPTIMIZER)]
+    names += [_part_name(rank), *((STATE, MANIFEST) if rank == 0 else ())]
+    with contextlib.suppress(OSError):
+        for name in names:
+            (save.scratch / name).unlink(missing_ok=True)
+        save.scratch.rmdir()
 
 
 def _entry(name: str, run: Run) -> Entry:

@@ -24,7 +24,15 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
 from trainers.checkpoint import open_checkpoint, read_last, remove_checkpoint, unpickle
-from trainers.checkpoint_parts import Save, finish, flatten, nothing, read_part, write_files
+from trainers.checkpoint_parts import (
+    Save,
+    discard,
+    finish,
+    flatten,
+    nothing,
+    read_part,
+    write_files,
+)
 from trainers.stored_tensors import Run
 
 POLL_S, GRACE_S = 0.02, 60.0
@@ -192,11 +200,11 @@ class CheckpointDirectory(CheckpointIO):
 
         def work() -> None:
             try:
-                with _refusals_named(save):
+                with _refusals_named(save, rank, num_ranks):
                     write_files(save, rank, num_ranks)
                 written.set_result(None)
                 if rank == 0:
-                    with _refusals_named(save):
+                    with _refusals_named(save, rank, num_ranks):
                         self._commit(save, num_ranks)
                 committed.set_result(None)
             except BaseException as error:
@@ -237,12 +245,12 @@ class CheckpointDirectory(CheckpointIO):
 
 
 @contextlib.contextmanager
-def _refusals_named(save: Save) -> Iterator[None]:
-    """Remove what was written, and say what can be done."""
+def _refusals_named(save: Save, rank: int, num_ranks: int) -> Iterator[None]:
+    """Remove what this rank wrote, and say what can be done."""
     try:
         yield
     except OSError as error:
-        shutil.rmtree(save.scratch, ignore_errors=True)
+        discard(save, rank, num_ranks)
         free = shutil.disk_usage(save.path.parent).free / 2**20
         raise ValueError(
             f"runs_dir -> the checkpoint {save.path} could not be written ({error}; "
