@@ -41,12 +41,14 @@ VARIANTS = {
 
 
 _CONSTANT = "module.schedule={name: constant, final_lr_fraction: null, warmup_samples: 0}"
+_HERE = "corpus.num_processes=1"  # starting others takes longer than preparing so little
 _OF_TEXT = [
     "experiment=gpt_char_cpu",
     "datamodule.sequence_length=16",
     "module.network={num_layers: 2, num_heads: 2, width: 32, dropout: 0.0}",
     "module.preview.max_new_tokens=1",
     _CONSTANT,
+    _HERE,
 ]
 _OF_PAIRS = [
     "experiment=translation_small",
@@ -59,6 +61,7 @@ _OF_PAIRS = [
     "module.generation.max_new_tokens=12",
     "datamodule.eval_pairs=2",
     _CONSTANT,
+    _HERE,
 ]
 
 
@@ -233,19 +236,12 @@ def start_ranks(program: str, arguments: list[str], ranks: int) -> None:
     Raises:
         RuntimeError: One failed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "parity"}
-    common |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    port = find_port()
     command = [sys.executable, "-m", program, *arguments]
     root = Path(__file__).parent.parent
     processes = [
-        subprocess.Popen(
-            command, env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)}, cwd=root
-        )
-        for r in range(ranks)
+        subprocess.Popen(command, env=os.environ | rank_environment(rank, ranks, port), cwd=root)
+        for rank in range(ranks)
     ]
     try:
         codes = [process.wait() for process in processes]
@@ -254,6 +250,22 @@ def start_ranks(program: str, arguments: list[str], ranks: int) -> None:
             process.kill()
     if any(codes):
         raise RuntimeError(f"ranks ended with codes {codes}")
+
+
+def find_port() -> int:
+    """Find a port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What torch's elastic agent tells a rank, all of which are on this machine."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
+    own |= {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_PORT": port}
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    texts = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "parity"}
+    return {k: str(v) for k, v in own.items()} | texts | {"OMP_NUM_THREADS": threads}
 
 
 def read_outcome(run: Path) -> Outcome:

@@ -46,6 +46,7 @@ COMMON = [
     "datamodule=images",
     "corpus=images",
     "corpus.format=raw",
+    "corpus.num_processes=1",  # starting others takes longer
     "datamodule.channels=1",
     "datamodule.num_workers=0",
     "datamodule.eval_images=4",

@@ -5,6 +5,7 @@ gathered.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,8 +45,10 @@ class WholeState(DDPStrategy):
     def held(self, value: Tensor) -> Run:
         """What this rank is to save of a parameter or buffer, not rounded; a view if it can be."""
         run = Run.whole(value)
-        is_mine = isinstance(value, nn.Parameter) or self.is_global_zero
-        return run if is_mine else run.without_values()  # buffers may differ between ranks
+        if isinstance(value, nn.Parameter):
+            return run
+        # Buffers may differ between ranks: they are those of the first.
+        return replace(run, is_copied=False) if self.is_global_zero else run.without_values()
 
     def take(self, value: Tensor, stored: Stored) -> None:
         """Set a parameter or buffer, or what this rank has of it; collective."""

@@ -1,0 +1,22 @@
+"""Ranks are killed at any instant: `python -m benchmarks.kills` has more strategies and kills."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp"])
+def test_run_survives_kills_of_any_rank(strategy):
+    options = [f"strategies={strategy}", "kills=6", "steps=20"]
+    command = [sys.executable, "-m", "benchmarks.kills", *options]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(ended.stdout, ended.stderr)
+    assert ended.returncode == 0
+    assert "kills=6, " in ended.stdout
+    assert "faults=[]" in ended.stdout
