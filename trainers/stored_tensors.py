@@ -6,6 +6,7 @@ rows (FSDP2), or a stretch (ZeRO). So pieces of one kind are enough for all to r
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,11 @@ class Stored:
     def whole(self) -> Tensor:
         """All of it, in its shape, on the CPU."""
         return self.run(0, self.shape.numel()).view(self.shape)
+
+
+def is_elementwise(key: str, value: Any, shape: torch.Size) -> bool:
+    """Whether an optimizer's `key` has a value for each element of a parameter of this shape."""
+    return isinstance(value, Tensor) and value.shape == shape and key != "step"
 
 
 def deal(runs: Mapping[str, Run], rank: int, num_ranks: int) -> dict[str, Run]:
