@@ -121,7 +121,7 @@ def _entry(name: str, run: Run) -> Entry:
     is_whole = run.values.numel() == run.shape.numel()
     shape = tuple(run.shape) if is_whole else tuple(run.values.shape)
     key = key_of(name, run.start, run.stop, run.shape.numel())
-    return Entry(key, run.values.dtype, shape, lambda: run.values.view(shape))
+    return Entry(key, run.values.dtype, shape, lambda: run.read().view(shape))
 
 
 def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
