@@ -96,13 +96,23 @@ def load_checkpoint(run: RunDirectory, which: str) -> tuple[Path, Any]:
     """
     from trainers.checkpoint import load_weights
 
-    run.verify_checkpoint(str(which))
-    checkpoint = run.find_checkpoint(str(which))
-    if checkpoint is None:
-        raise ValueError(f"run={run.path.name} -> it has saved nothing yet -> train it first")
+    checkpoint = find_verified(run, which)
     module = instantiate(run.config.module, _convert_="all")
     module.load_state_dict(load_weights(checkpoint), assign=True)
     return checkpoint, module
+
+
+def find_verified(run: RunDirectory, which: str) -> Path:
+    """Find a checkpoint of a run, and compare its bytes with what was saved.
+
+    Raises:
+        ValueError: There is no such checkpoint, or it is damaged.
+    """
+    run.verify_checkpoint(which)
+    checkpoint = run.find_checkpoint(which)
+    if checkpoint is None:
+        raise ValueError(f"run={run.path.name} -> it has saved nothing yet -> train it first")
+    return checkpoint
 
 
 def on_one_device(config: DictConfig, accelerator: str) -> DictConfig:

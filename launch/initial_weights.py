@@ -34,13 +34,30 @@ def load_initial_weights(module: Any, config: DictConfig) -> None:
     weights = {name: value for name, value in weights.items() if not name.startswith(anew)}
     own = {name: value for name, value in module.state_dict().items() if name.startswith(anew)}
     try:
-        module.load_state_dict(weights | own, assign=True)
+        module.load_state_dict(_fitted(module, weights) | own, assign=True)
     except RuntimeError as error:
         reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise ValueError(
             f"init_from={source} -> its weights do not fit this module ({reasons}) -> use the "
             f"module settings of that run"
         ) from error
+
+
+def _fitted(module: Any, weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights in the dtypes of a module; those of parameters that are tied in it are one."""
+    import torch
+
+    known: dict[int, Any] = {}
+    own = module.state_dict(keep_vars=True)
+    fitted = {}
+    for name, value in weights.items():
+        mine = own.get(name, value)  # what it does not have it refuses itself
+        if id(mine) not in known:
+            known[id(mine)] = value.to(mine.dtype)
+            if isinstance(mine, torch.nn.Parameter):
+                known[id(mine)] = torch.nn.Parameter(known[id(mine)], mine.requires_grad)
+        fitted[name] = known[id(mine)]
+    return fitted
 
 
 def _refuse_other_vocabulary(config: DictConfig, run: Path) -> None:

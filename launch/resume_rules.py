@@ -95,7 +95,7 @@ def changed_keys(old: DictConfig, new: DictConfig) -> dict[str, str]:
 
     One of `ADDED_KEYS` that was not there has not changed.
     """
-    before, after = _flatten(old), _flatten(new)
+    before, after = (flatten(OmegaConf.to_container(each, resolve=False)) for each in (old, new))
     return {
         key: f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
         for key in sorted(before.keys() | after.keys())
@@ -104,7 +104,8 @@ def changed_keys(old: DictConfig, new: DictConfig) -> dict[str, str]:
     }
 
 
-def _flatten(config: DictConfig) -> dict[str, Any]:
+def flatten(config: Any) -> dict[str, Any]:
+    """The leaves of nested dictionaries by dotted key; lists and empty dictionaries are leaves."""
     flat: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
@@ -114,7 +115,7 @@ def _flatten(config: DictConfig) -> dict[str, Any]:
         else:
             flat[prefix] = node
 
-    walk(OmegaConf.to_container(config, resolve=False), "")
+    walk(config, "")
     return flat
 
 

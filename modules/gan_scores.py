@@ -123,7 +123,7 @@ class ImageScores(nn.Module):
     def __init__(self, extractor: nn.Module):
         super().__init__()
         for name in ("num_features", "name", "is_inception"):
-            if not hasattr(extractor, name):
+            if name not in dir(extractor):  # not asked for: the weights may have no values yet
                 raise ValueError(
                     f"module.scores.extractor={type(extractor).__name__} -> it has no {name} -> "
                     "give it what modules.gan_features.Features asks for"

@@ -92,13 +92,18 @@ def data_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def small_run(text_file, data_dir, tmp_path) -> list[str]:
+def small_run(small_settings, tmp_path) -> list[str]:
     """Overrides for a run of 20 steps that takes about a second."""
+    return [*small_settings, f"runs_dir={tmp_path / 'runs'}"]
+
+
+@pytest.fixture(scope="session")
+def small_settings(text_file, data_dir) -> list[str]:
+    """Those of `small_run`, for runs that several tests share in a folder of their own."""
     return [
         "experiment=gpt_char_cpu",
         f"corpus.path={text_file}",
         f"data_dir={data_dir}",
-        f"runs_dir={tmp_path / 'runs'}",
         "run.name=small",
         "trainer.accelerator=cpu",
         "trainer.log_every_steps=1",

@@ -1,13 +1,17 @@
 """Benchmarks of the stream run, on next to nothing."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from omegaconf import DictConfig
+from safetensors.torch import load_file
 
 from benchmarks import (
+    export_memory,
     gan_throughput,
     picture_waits,
     seq2seq_throughput,
@@ -19,6 +23,7 @@ from benchmarks.stream_images import NUM_SHARDS, image_sides, write_images
 from benchmarks.stream_tokens import token_sides, write_tokens
 from benchmarks.turns import Side, take_turns
 from launch import runtime
+from launch.export import export_run
 from modules.gan_networks import build_networks
 
 
@@ -105,3 +110,16 @@ def test_rounds_are_timed_with_pictures_and_without(
     drawn = [path.name for path in (tmp_path / "runs").rglob("images-*")]
     steps = sorted(int(name.removeprefix("images-")) // gan_throughput.BATCH for name in drawn)
     assert steps == [2, 3, 6, 7, 8]  # the last is the run's end
+
+
+def test_checkpoint_of_the_export_benchmark_is_exported_as_it_was_made_up(
+    tmp_path: Path, compose: Callable[..., DictConfig]
+) -> None:
+    run = export_memory.write_run(tmp_path, width=8, num_layers=1, ranks=3)
+    export_run(compose("export", [f"run={run.path}"]))
+    exported = load_file(run.path / "exports" / "step-00000001" / "model.safetensors")
+    assert exported["embedding.weight"].shape == (export_memory.VOCABULARY, 8)
+    for name, value in exported.items():
+        places = export_memory.stretches(value.numel(), 3)
+        made_up = [export_memory.values_of(f"network.{name}", *place) for place in places]
+        assert torch.equal(value.flatten(), torch.cat(made_up)), name

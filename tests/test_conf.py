@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch.export import build_without_values
 from tests.datamodules.made_up_images import draw_pixels, write_folder, write_idx
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -110,6 +111,8 @@ def test_experiment_takes_a_step(experiment, shrunken, shrunken_pairs, shrunken_
         assert run.summary["images"] == 4
     elif experiment not in shrunken_pairs:
         assert run.summary["tokens"] == 64
+    values = build_without_values(run.config).state_dict().values()
+    assert all(value.is_meta for value in values)  # so that an export needs no memory for them
 
 
 def test_overfit_overlay_learns_its_batch_by_heart(shrunken, train):

@@ -19,10 +19,8 @@ safetensors holds plain tensors, `state.pt` is read with `weights_only=True` and
 
 import contextlib
 import json
-import pickle
 import shutil
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,31 +29,15 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from trainers.durable_files import digest_of
-from trainers.safetensors_file import DTYPES, TensorFile
-from trainers.stored_tensors import Stored
+from trainers.checkpoint_digests import digest_of_manifest, find_damage
+from trainers.durable_files import sync_directory
+from trainers.safetensors_file import DTYPES
+from trainers.stored_tensors import Stored, is_elementwise
+from trainers.tensor_pieces import OPTIMIZER, WEIGHTS, PieceReader, file_name
 
 FORMAT_VERSION = 3
 """1: optimizer state by index instead of by parameter name; 2: everything written by rank 0."""
 STATE, MANIFEST = "state.pt", "manifest.json"
-WEIGHTS, OPTIMIZER = "weights", "optimizer"
-
-
-def file_name(kind: str, rank: int, num_ranks: int) -> str:
-    """File of a rank: `kind` is `weights` or `optimizer`."""
-    part = f"-{rank + 1:05d}-of-{num_ranks:05d}" if num_ranks > 1 else ""
-    return f"{kind}{part}.safetensors"
-
-
-def kind_of(name: str) -> str:
-    """Which file has a tensor: `weights/<parameter>`, `optimizer.<index>/<key>/<parameter>`."""
-    return WEIGHTS if name.startswith(f"{WEIGHTS}/") else OPTIMIZER
-
-
-def key_of(name: str, start: int, stop: int, numel: int) -> str:
-    """Name in its file of a run of a tensor."""
-    key = name.removeprefix(f"{WEIGHTS}/")
-    return key if (start, stop) == (0, numel) else f"{key}[{start}:{stop}]"
 
 
 @dataclass(frozen=True)
@@ -88,13 +70,23 @@ class StoredCheckpoint:
         """Of each optimizer `param_groups`, and `state`: parameter -> key -> value or `Stored`."""
         found = []
         for index, saved in enumerate(self.state["optimizer_states"]):
-            state = {name: dict(values) for name, values in saved["state"].items()}
+            state = {name: self._wrapped(name, each) for name, each in saved["state"].items()}
             prefix = f"{OPTIMIZER}.{index}/"
             for name in (name for name in self.tensors if name.startswith(prefix)):
                 key, parameter = name.removeprefix(prefix).split("/", 1)
                 state.setdefault(parameter, {})[key] = self.tensors[name]
             found.append({**saved, "state": state})
         return found
+
+    def _wrapped(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Small state as it is; in format 2 also what has a value for each element is there."""
+        if self.manifest["format"] != 2:
+            return dict(values)
+        shape = self.tensors[f"{WEIGHTS}/{name}"].shape
+        return {
+            key: Stored.of(value) if is_elementwise(key, value, shape) else value
+            for key, value in values.items()
+        }
 
 
 def open_checkpoint(path: str | Path) -> StoredCheckpoint:
@@ -107,7 +99,7 @@ def open_checkpoint(path: str | Path) -> StoredCheckpoint:
     manifest = read_manifest(path)
     if manifest["format"] == 2:
         return StoredCheckpoint(path, manifest, _read_format_2(path))
-    reader = _Reader(path, manifest["world_size"])
+    reader = PieceReader(path, manifest["world_size"])
     tensors = {
         name: reader.stored(name, DTYPES[facts["dtype"]], facts["shape"], facts["pieces"])
         for name, facts in manifest["tensors"].items()
@@ -118,7 +110,7 @@ def open_checkpoint(path: str | Path) -> StoredCheckpoint:
 
 def _read_format_2(path: Path) -> dict[str, Stored]:
     """Weights whole in one file; optimizer state is in `state.pt`."""
-    reader = _Reader(path, 1)
+    reader = PieceReader(path, 1)
     places = reader.file(file_name(WEIGHTS, 0, 1)).places
     return {
         f"{WEIGHTS}/{name}": reader.stored(
@@ -126,37 +118,6 @@ def _read_format_2(path: Path) -> dict[str, Stored]:
         )
         for name, place in places.items()
     }
-
-
-class _Reader:
-    """Reads runs of tensors from the files of ranks; their headers are read once."""
-
-    def __init__(self, path: Path, num_ranks: int):
-        self.path, self.num_ranks = path, num_ranks
-        self.files: dict[str, TensorFile] = {}
-
-    def file(self, name: str) -> TensorFile:
-        if name not in self.files:
-            self.files[name] = TensorFile(self.path / name)
-        return self.files[name]
-
-    def stored(
-        self, name: str, dtype: torch.dtype, shape: Iterable[int], pieces: list[list[int]]
-    ) -> Stored:
-        """A tensor in pieces (rank, start, stop)."""
-        size = torch.Size(shape)
-
-        def read(start: int, stop: int) -> Tensor:
-            found = []
-            for rank, first, last in pieces:
-                begin, end = max(start, first), min(stop, last)
-                if begin < end:
-                    file = self.file(file_name(kind_of(name), rank, self.num_ranks))
-                    key = key_of(name, first, last, size.numel())
-                    found.append(file.read(key, begin - first, end - first))
-            return found[0] if len(found) == 1 else torch.cat([torch.empty(0, dtype=dtype), *found])
-
-        return Stored(size, dtype, read)
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -186,13 +147,16 @@ def unpickle(file: BinaryIO, path: Path) -> dict[str, Any]:
     """As `read_state`, from an open file; `path` is for the message."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # what damaged bytes raise can be anything
         lines = [line for line in str(error).splitlines() if "Unsupported" in line]
-        reason = lines[0].strip() if lines else "damaged"
+        if not lines:
+            raise ValueError(
+                f"checkpoint={path} -> {STATE} is damaged ({error}) -> choose another checkpoint"
+            ) from error
         raise ValueError(
-            f"checkpoint={path} -> {STATE} holds objects that are not read for safety ({reason}) "
-            f"-> keep tensors, numbers, strings, lists and dictionaries in the state of callbacks, "
-            f"modules and datamodules"
+            f"checkpoint={path} -> {STATE} holds objects that are not read for safety "
+            f"({lines[0].strip()}) -> keep tensors, numbers, strings, lists and dictionaries in "
+            "the state of callbacks, modules and datamodules"
         ) from error
 
 
@@ -204,22 +168,29 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
             this one does not read.
     """
     try:
-        manifest = json.loads(Path(path, MANIFEST).read_text())
-        is_readable = manifest["format"] in (2, FORMAT_VERSION)
-        strangers = [name for name in manifest["files"] if Path(name).name != name]
-        if strangers:
-            raise ValueError(f"it names {strangers[0]}, outside of the checkpoint")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _read_manifest(Path(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if str(error).startswith("checkpoint="):
+            raise
         raise ValueError(
             f"checkpoint={path} -> {MANIFEST} is missing or damaged ({error}) -> "
             f"choose another checkpoint{_offer(Path(path))}"
         ) from error
-    if not is_readable:
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = json.loads((path / MANIFEST).read_text())
+    if (version := manifest["format"]) not in (2, FORMAT_VERSION):
         raise ValueError(
             f"checkpoint={path} -> written by trainyard {manifest['versions']['trainyard']} in "
-            f"format {manifest['format']}, this one reads 2 and {FORMAT_VERSION} -> use that "
-            "version"
+            f"format {version}, this one reads 2 and {FORMAT_VERSION} -> use that version"
         )
+    digest = manifest.pop("blake2b", None)
+    if version == FORMAT_VERSION and digest != digest_of_manifest(manifest):
+        raise ValueError("it is not what was saved")
+    for name, facts in manifest["files"].items():
+        if Path(name).name != name or name in ("", "..") or facts.keys() != {"bytes", "blake2b"}:
+            raise ValueError(f"it names {name}, which is no file of a checkpoint")
     return manifest
 
 
@@ -236,7 +207,7 @@ def verify(path: str | Path, *, digests: bool = True) -> dict[str, Any]:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    if damage := _find_damage(path, manifest, digests):
+    if damage := find_damage(path, manifest, digests):
         raise ValueError(f"checkpoint={path} -> {damage} -> do not use it{_offer(path, digests)}")
     return manifest
 
@@ -249,7 +220,8 @@ def read_last(directory: str | Path) -> str | None:
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
     """The checkpoints of a directory by step, oldest first."""
-    return sorted(path for path in Path(directory).glob("step-*") if path.is_dir())
+    found = (path for path in Path(directory).glob("step-*") if path.name[5:].isdecimal())
+    return sorted(path for path in found if path.is_dir())
 
 
 def remove_leftovers(directory: str | Path) -> None:
@@ -260,9 +232,25 @@ def remove_leftovers(directory: str | Path) -> None:
 
 def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint; a crash on the way leaves nothing that looks whole."""
+    shutil.rmtree(_set_aside(path))
+
+
+def put_in_place(scratch: Path, path: Path) -> None:
+    """Give a written directory the name of its checkpoint, and delete what had it before.
+
+    That is of a run which crashed between putting a checkpoint in its place and moving `last`.
+    """
+    former = _set_aside(path) if path.exists() else None
+    scratch.replace(path)
+    sync_directory(path.parent)
+    if former is not None:
+        shutil.rmtree(former)
+
+
+def _set_aside(path: Path) -> Path:
     doomed = path.with_name(f".{path.name}.deleted")
-    path.replace(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+    return path.replace(doomed)
 
 
 def size_of(path: Path) -> int:
@@ -270,27 +258,11 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir())
 
 
-def _find_damage(path: Path, manifest: dict[str, Any], digests: bool = True) -> str | None:
-    for name, expected in manifest["files"].items():
-        if not (path / name).exists():
-            return f"{name} is missing"
-        if (size := (path / name).stat().st_size) != expected["bytes"]:
-            return f"{name} is not what was saved ({size:,} bytes, expected {expected['bytes']:,})"
-    if not digests:
-        return None
-    with ThreadPoolExecutor() as pool:  # digesting lets other threads go on
-        found = pool.map(digest_of, (path / name for name in manifest["files"]))
-    for (name, expected), digest in zip(manifest["files"].items(), found, strict=True):
-        if digest != (wanted := expected["blake2b"]):
-            return f"{name} is not what was saved (digest {digest[:16]}, expected {wanted[:16]})"
-    return None
-
-
 def _offer(path: Path, digests: bool = True) -> str:
     """The newest whole checkpoint before `path`, as the end of a sentence."""
     for older in reversed(list_checkpoints(path.parent)):
         if older.name < path.name:
-            with contextlib.suppress(ValueError):
-                if _find_damage(older, read_manifest(older), digests) is None:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                if find_damage(older, _read_manifest(older), digests) is None:
                     return f"; the one before it is whole: checkpoint={older.name}"
     return "; no older one is whole: start again under another run.name"

@@ -1,7 +1,7 @@
 """One save: what of it each rank writes, and how that becomes a checkpoint."""
 
-import contextlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -11,20 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainers.checkpoint import (
-    FORMAT_VERSION,
-    MANIFEST,
-    OPTIMIZER,
-    STATE,
-    WEIGHTS,
-    file_name,
-    key_of,
-    kind_of,
-    remove_checkpoint,
-)
-from trainers.durable_files import digest_of, sync_directory, write_atomically
+from trainers.checkpoint import FORMAT_VERSION, MANIFEST, STATE, put_in_place
+from trainers.checkpoint_digests import seal
+from trainers.durable_files import digest_of, sync_directory, write_atomically, write_synced
 from trainers.safetensors_file import NAMES, Entry, write_tensors
 from trainers.stored_tensors import Run
+from trainers.tensor_pieces import OPTIMIZER, WEIGHTS, file_name, key_of, kind_of
 
 
 def nothing() -> None:
@@ -61,6 +53,9 @@ def flatten(
 
     Returns:
         Full name -> `Run`; further name -> name, of values that are one; and what remains.
+
+    Raises:
+        ValueError: The files cannot hold one of the tensors.
     """
     runs: dict[str, Run] = {}
     aliases: dict[str, str] = {}
@@ -79,6 +74,12 @@ def flatten(
             for key in values.keys() - small[name].keys():
                 runs[f"{OPTIMIZER}.{index}/{key}/{name}"] = values[key]
         states.append({**saved, "state": small})
+    for name, run in runs.items():
+        if run.values.dtype not in NAMES:
+            raise ValueError(
+                f"checkpoint -> {name} is of {run.values.dtype}, which safetensors files do not "
+                f"hold -> use one of {', '.join(str(dtype) for dtype in NAMES)}"
+            )
     rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
     return runs, aliases, rest | {"optimizer_states": states}
 
@@ -97,7 +98,7 @@ def write_files(save: Save, rank: int, num_ranks: int) -> None:
         files[file] = write_tensors(save.scratch / file, mine)
     if rank == 0:
         path = save.scratch / STATE
-        path.write_bytes(save.state)
+        write_synced(path, save.state)
         files[STATE] = {"bytes": len(save.state), "blake2b": digest_of(path)}
     tensors = {
         name: {"dtype": NAMES[run.values.dtype], "shape": [*run.shape]}
@@ -108,21 +109,19 @@ def write_files(save: Save, rank: int, num_ranks: int) -> None:
     write_atomically(save.scratch / _part_name(rank), text)
 
 
-def discard(save: Save, rank: int, num_ranks: int) -> None:
-    """Remove what this rank wrote, and the directory if nobody else writes there."""
-    names = [file_name(kind, rank, num_ranks) for kind in (WEIGHTS, OPTIMIZER)]
-    names += [_part_name(rank), *((STATE, MANIFEST) if rank == 0 else ())]
-    with contextlib.suppress(OSError):
-        for name in names:
-            (save.scratch / name).unlink(missing_ok=True)
-        save.scratch.rmdir()
+def remove_files(save: Save, rank: int) -> None:
+    """Remove what a rank has written of a save that failed; rank 0 what all have."""
+    if rank == 0:
+        shutil.rmtree(save.scratch, ignore_errors=True)
+    for path in save.scratch.glob(f"*-{rank + 1:05d}-of-*"):
+        path.unlink(missing_ok=True)
 
 
 def _entry(name: str, run: Run) -> Entry:
     is_whole = run.values.numel() == run.shape.numel()
     shape = tuple(run.shape) if is_whole else tuple(run.values.shape)
     key = key_of(name, run.start, run.stop, run.shape.numel())
-    return Entry(key, run.values.dtype, shape, lambda: run.values.view(shape))
+    return Entry(key, run.values.dtype, shape, lambda: run.read().view(shape))
 
 
 def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -165,14 +164,11 @@ def finish(save: Save, parts: list[dict[str, Any]], facts: Mapping[str, Any]) ->
         "aliases": save.aliases,
         "tensors": merge(parts),
     }
-    write_atomically(save.scratch / MANIFEST, json.dumps(manifest) + "\n")
+    write_atomically(save.scratch / MANIFEST, seal(manifest))
     for rank in range(len(parts)):
         (save.scratch / _part_name(rank)).unlink()
     sync_directory(save.scratch)
-    if save.path.exists():  # saved before by a run that was rewound or crashed before `last` moved
-        remove_checkpoint(save.path)
-    save.scratch.replace(save.path)
-    sync_directory(save.path.parent)
+    put_in_place(save.scratch, save.path)
     save.then()
 
 

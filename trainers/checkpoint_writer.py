@@ -26,11 +26,11 @@ from torch import Tensor
 from trainers.checkpoint import open_checkpoint, read_last, remove_checkpoint, unpickle
 from trainers.checkpoint_parts import (
     Save,
-    discard,
     finish,
     flatten,
     nothing,
     read_part,
+    remove_files,
     write_files,
 )
 from trainers.stored_tensors import Run
@@ -200,11 +200,11 @@ class CheckpointDirectory(CheckpointIO):
 
         def work() -> None:
             try:
-                with _refusals_named(save, rank, num_ranks):
+                with _refusals_named(save, rank):
                     write_files(save, rank, num_ranks)
                 written.set_result(None)
                 if rank == 0:
-                    with _refusals_named(save, rank, num_ranks):
+                    with _refusals_named(save, rank):
                         self._commit(save, num_ranks)
                 committed.set_result(None)
             except BaseException as error:
@@ -245,13 +245,22 @@ class CheckpointDirectory(CheckpointIO):
 
 
 @contextlib.contextmanager
-def _refusals_named(save: Save, rank: int, num_ranks: int) -> Iterator[None]:
-    """Remove what this rank wrote, and say what can be done."""
+def _refusals_named(save: Save, rank: int) -> Iterator[None]:
+    """Remove what was written, and say what can be done where the file system refused.
+
+    Rank 0 removes everything. Another rank leaves what others are writing: they would fail for want
+    of the directory, and their reason might be taken for the run's.
+    """
     try:
         yield
-    except OSError as error:
-        discard(save, rank, num_ranks)
-        free = shutil.disk_usage(save.path.parent).free / 2**20
+    except BaseException as caught:
+        is_given_up = rank and not save.scratch.exists()
+        error = OSError("rank 0 has given it up") if is_given_up else caught
+        remove_files(save, rank)
+        if not isinstance(error, OSError):
+            raise
+        there = next(path for path in save.path.absolute().parents if path.is_dir())
+        free = shutil.disk_usage(there).free / 2**20
         raise ValueError(
             f"runs_dir -> the checkpoint {save.path} could not be written ({error}; "
             f"{free:.0f} MiB free there) -> make room or lower checkpoints.keep_last, then run the "

@@ -3,15 +3,21 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file that is on the disk when this returns; its name may not be."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file so that a reader or a crash sees the old or the new, whole."""
     scratch = path.with_name(f".{path.name}.partial")
-    with scratch.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(scratch, text.encode())
     scratch.replace(path)
     sync_directory(path.parent)
 
@@ -25,7 +31,12 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def new_digest(content: bytes = b"") -> Any:
+    """BLAKE2b of 32 bytes, by which files are known."""
+    return hashlib.blake2b(content, digest_size=32)
+
+
 def digest_of(path: Path) -> str:
-    """BLAKE2b of a file, 32 bytes in hexadecimal."""
+    """Digest of a file in hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+        return hashlib.file_digest(file, new_digest).hexdigest()

@@ -7,8 +7,8 @@ after another, digests the bytes on their way, and reads runs of elements; both 
 go on. What it writes the library reads, and the other way round.
 """
 
-import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from trainers.durable_files import new_digest
 
 DTYPES = {
     "F64": torch.float64,
@@ -29,6 +31,12 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 2**22
@@ -65,7 +73,7 @@ class Place:
     @property
     def numel(self) -> int:
         """Elements."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
 
 def write_tensors(path: Path, entries: Iterable[Entry]) -> dict[str, Any]:
@@ -79,7 +87,7 @@ def write_tensors(path: Path, entries: Iterable[Entry]) -> dict[str, Any]:
         ValueError: A tensor is not as its entry says.
     """
     entries = list(entries)
-    digest = hashlib.blake2b(digest_size=32)
+    digest = new_digest()
     with path.open("wb", buffering=0) as file:
         _write(file, _header(entries), digest)
         for entry in entries:
@@ -87,6 +95,7 @@ def write_tensors(path: Path, entries: Iterable[Entry]) -> dict[str, Any]:
             if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, tuple(entry.shape)):
                 raise ValueError(f"{entry.key} -> {tensor.dtype} {list(tensor.shape)} to write")
             _write(file, bytes_of(tensor), digest)
+            del tensor  # before the next is read
         size = file.tell()
         os.fsync(file.fileno())
     return {"bytes": size, "blake2b": digest.hexdigest()}
@@ -96,7 +105,7 @@ def _header(entries: list[Entry]) -> memoryview:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
-        start, end = end, end + entry.dtype.itemsize * torch.Size(entry.shape).numel()
+        start, end = end, end + entry.dtype.itemsize * math.prod(entry.shape)
         header[entry.key] = {
             "dtype": NAMES[entry.dtype],
             "shape": list(entry.shape),
@@ -132,40 +141,46 @@ class TensorFile:
         """Read the header.
 
         Raises:
-            ValueError: It is none, or it points outside of the file.
+            ValueError: There is no such file, it has no header, or one that does not fit it.
         """
         self.path = path
-        size = path.stat().st_size
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} -> it is missing -> restore it") from error
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise ValueError(f"{path} -> no safetensors file -> restore it")
-            self.places = self._read_places(file.read(length), 8 + length, size)
-
-    def _read_places(self, text: bytes, start: int, size: int) -> dict[str, Place]:
+                raise ValueError(f"{path} -> no safetensors file, or cut short -> restore it")
+            text = file.read(length)
         try:
-            header = json.loads(text)
-            header.pop("__metadata__", None)
-            places = {}
-            for key, facts in header.items():
-                first, last = facts["data_offsets"]
-                place = Place(DTYPES[facts["dtype"]], tuple(facts["shape"]), start + first)
-                is_within = 0 <= first <= last <= size - start and min(place.shape, default=0) >= 0
-                if not is_within or last - first != place.numel * place.dtype.itemsize:
-                    raise ValueError(f"{key} lies outside of it")
-                places[key] = place
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.path} -> damaged header ({error}) -> restore it") from error
-        return places
+            self.places = _read_places(json.loads(text), 8 + length, size)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} -> damaged header ({error}) -> restore it") from error
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read elements [start, stop) of the flattened tensor `key`, a 1-D tensor on the CPU.
 
         Raises:
-            ValueError: The file ends before.
+            ValueError: As `read_into`.
         """
-        place = self.places[key]
+        place = self._place(key)
         tensor = torch.empty((place.numel if stop is None else stop) - start, dtype=place.dtype)
+        self.read_into(tensor, key, start)
+        return tensor
+
+    def read_into(self, tensor: Tensor, key: str, start: int = 0) -> None:
+        """Fill a contiguous 1-D CPU tensor with elements of the flattened `key` from `start` on.
+
+        Raises:
+            ValueError: The file has no such elements, or ends before.
+        """
+        place = self._place(key)
+        if tensor.dtype != place.dtype or not 0 <= start <= start + len(tensor) <= place.numel:
+            raise ValueError(
+                f"{self.path} -> {key} is {place.numel} of {place.dtype} and not what is asked for "
+                f"({len(tensor)} of {tensor.dtype} from {start} on) -> restore it"
+            )
         rest = bytes_of(tensor)
         with self.path.open("rb", buffering=0) as file:
             file.seek(place.offset + start * place.dtype.itemsize)
@@ -174,4 +189,33 @@ class TensorFile:
                 if not count:
                     raise ValueError(f"{self.path} -> it ends within {key} -> restore it")
                 rest = rest[count:]
-        return tensor
+
+    def _place(self, key: str) -> Place:
+        if key not in self.places:
+            raise ValueError(f"{self.path} -> it has no {key} -> restore it")
+        return self.places[key]
+
+
+def _read_places(header: dict[str, Any], start: int, size: int) -> dict[str, Place]:
+    """Where tensors are; as in the library they lie side by side and fill the file."""
+    places: dict[str, Place] = {}
+    ends: list[tuple[int, int]] = []
+    for key, facts in header.items():
+        if key == "__metadata__":
+            continue
+        first, last = facts["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (first, *facts["shape"])):
+            raise ValueError(f"{key} has no whole numbers for offsets or shape")
+        place = Place(DTYPES[facts["dtype"]], tuple(facts["shape"]), start + first)
+        if last - first != place.numel * place.dtype.itemsize:
+            raise ValueError(f"{key} has other bytes than its shape needs")
+        places[key] = place
+        ends.append((first, last))
+    end = 0
+    for first, last in sorted(ends):
+        if first != end:
+            raise ValueError(f"tensors overlap, or leave a gap, at byte {first} of the values")
+        end = last
+    if end != size - start:
+        raise ValueError(f"{end} bytes of values are named, and {size - start} are there")
+    return places

@@ -6,9 +6,13 @@ rows (FSDP2), or a stretch (ZeRO). So pieces of one kind are enough for all to r
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+STRETCH = 2**20
+"""Elements that are rounded at a time."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class Run:
     def without_values(self) -> "Run":
         """The same tensor, of which this rank saves nothing."""
         return replace(self, start=0, values=self.values[:0], is_copied=False)
+
+    def read(self) -> Tensor:
+        """The values, 1-D, on the CPU where they are to be written."""
+        return self.values
 
     @property
     def stop(self) -> int:
@@ -68,6 +76,48 @@ class Stored:
     def whole(self) -> Tensor:
         """All of it, in its shape, on the CPU."""
         return self.run(0, self.shape.numel()).view(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    def to(self, dtype: torch.dtype | None) -> "Stored":
+        """The same in another precision, if it is floating; rounded when it is read, in stretches.
+
+        Reading raises an `OverflowError` where a value is beyond the range of `dtype`.
+        """
+        if dtype is None or dtype == self.dtype or not self.dtype.is_floating_point:
+            return self
+
+        def read(start: int, stop: int) -> Tensor:
+            found = torch.empty(stop - start, dtype=dtype)
+            for first in range(start, stop, STRETCH):
+                run = self.read(first, min(first + STRETCH, stop))
+                found[first - start :][: len(run)] = run
+                lost = found[first - start :][: len(run)].isinf() & ~run.isinf()
+                if count := int(lost.sum()):
+                    raise OverflowError(f"{count:,} value(s) or more are beyond {dtype}")
+            return found
+
+        return Stored(self.shape, dtype, read)
+
+
+def is_elementwise(key: str, value: Any, shape: torch.Size) -> bool:
+    """Whether an optimizer's `key` has a value for each element of a parameter of this shape."""
+    return isinstance(value, Tensor) and value.shape == shape and key != "step"
+
+
+def choose_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype that `dtype=` of a verb asks for; None: as it is saved.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name is not None and name not in dtypes:
+        raise ValueError(f"dtype={name} -> unknown -> use {', '.join(dtypes)} or null")
+    return dtypes[name] if name else None
 
 
 def deal(runs: Mapping[str, Run], rank: int, num_ranks: int) -> dict[str, Run]:

@@ -190,8 +190,10 @@ class Checkpointing(Callback):
         return time.monotonic() - self._saved_at > 60 * self.every_minutes
 
     def _best_value(self) -> float:
-        best = self.directory / "best"
-        return json.loads(best.read_text())["value"] if best.exists() else float("inf")
+        path = self.directory / "best"
+        best = json.loads(path.read_text()) if path.exists() else {}
+        is_there = best and (self.directory / best["checkpoint"]).is_dir()
+        return best["value"] if is_there else float("inf")
 
     def _point_to(self, name: str, best: float | None) -> None:
         """Move the pointers to a checkpoint that is in its place, and delete what is not kept."""

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from trainers.stored_tensors import Run, Stored
+from trainers.stored_tensors import Run, Stored, is_elementwise
 from trainers.strategies.fsdp_shards import (
     FusedOnShards,
     Slots,
@@ -41,7 +41,6 @@ from trainers.strategies.initial_values import (
     refuse_buffers_on_meta,
 )
 from trainers.strategies.parts import PartsStrategy
-from trainers.strategies.whole_state import is_elementwise
 
 
 class FullySharded(PartsStrategy):

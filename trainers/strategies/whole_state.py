@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from trainers.stored_tensors import Run, Stored, deal
+from trainers.stored_tensors import Run, Stored, deal, is_elementwise
 
 
 class WholeState(DDPStrategy):
@@ -165,11 +165,6 @@ class WholeState(DDPStrategy):
                     values = saved["state"].get(names[parameter], {})
                     for key, value in placed(values, group, parameter.device).items():
                         self.take_state(optimizer, parameter, key, value)
-
-
-def is_elementwise(key: str, value: Any, shape: torch.Size) -> bool:
-    """Whether an optimizer's `key` has a value for each element of a parameter of this shape."""
-    return isinstance(value, Tensor) and value.shape == shape and key != "step"
 
 
 def refuse_other_weights(own: Mapping[str, Any], saved: Mapping[str, Any], strict: bool) -> None:
