@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.cells import Cell, configure
+from benchmarks.kept_low import KeptLow
 from benchmarks.two_networks import TwoNetworks
 from datamodules.batch import IGNORED, TextBatch
 from launch.run_directory import RunDirectory
@@ -225,7 +227,7 @@ def noting_exchanges() -> Iterator[None]:
         yield
 
 
-CONTROLS: dict[str, tuple[str | None, Callable[[], contextlib.AbstractContextManager[None]]]] = {
+CONTROLS: dict[str, tuple[str | None, Callable[[], contextlib.AbstractContextManager[Any]]]] = {
     "unfrozen": ("benchmarks.parity_ranks.Unfrozen", unchecked),
     "two_backwards": ("benchmarks.parity_ranks.TwoBackwards", unchecked),
     "unfrozen_gan": ("benchmarks.parity_ranks.UnfrozenGAN", unchecked),
@@ -236,8 +238,9 @@ CONTROLS: dict[str, tuple[str | None, Callable[[], contextlib.AbstractContextMan
     "lost_state": (None, without_state),
     "as_they_come": (None, as_they_come),
     "noted": (None, noting_exchanges),
+    "kept_low": (None, partial(mock.patch, "trainers.strategies.replicated.Single", KeptLow)),
 }
-"""Name -> the module to put in, and what to break."""
+"""Name -> the module to put in, and what to break; the last two break nothing."""
 
 
 def train_cell(cell: Cell, run: RunDirectory) -> None:

@@ -1,8 +1,9 @@
-"""A GAN whose loss is no number at a step, and one whose loss reaches into the other part."""
+"""A GAN whose loss is no number at a step, and rounds that are not made as they must be."""
 
 from contextlib import nullcontext
 
 import pytest
+from lightning.pytorch.core.optimizer import LightningOptimizer
 
 from modules import gan_losses
 from modules.gan import GAN
@@ -123,3 +124,16 @@ def test_loss_that_reaches_into_the_other_part_is_refused(settings, train, monke
     with pytest.raises(RuntimeError, match=message):
         train(*settings)
     assert not list_checkpoints(tmp_path / "runs" / "digits" / "checkpoints")
+
+
+def test_gradients_that_are_kept_for_the_next_training_step_are_refused(
+    settings, train, monkeypatch
+):
+    def keep_back(module, optimizer, *, is_last):
+        return optimizer.toggle_model(sync_grad=False)
+
+    monkeypatch.setattr(GAN, "phase", keep_back)
+    monkeypatch.setattr(LightningOptimizer, "step", lambda optimizer: None)
+    message = "training_step -> it differentiated discriminator without a step, and counts"
+    with pytest.raises(RuntimeError, match=message):
+        train(*settings)

@@ -95,7 +95,10 @@ class OnePart(lightning.LightningModule):
 
 
 class Adversaries(lightning.LightningModule):
-    """Alternating steps, a gradient penalty (R1), and an average of the generator's weights."""
+    """Alternating steps, a gradient penalty (R1), and an average of the generator's weights.
+
+    A training step is a round of both parts, which go through `accum` micro-batches of it.
+    """
 
     double_backward = ("discriminator",)
 
@@ -127,18 +130,19 @@ class Adversaries(lightning.LightningModule):
         return fake.mean() - real.mean() + real.square().mean() + grad.square().mean()
 
     def training_step(self, batch, batch_idx):
-        is_last = (batch_idx + 1) % self.accum == 0
+        cut = [tensor.chunk(self.accum) for tensor in batch]
+        micro_batches = list(zip(*cut, strict=True))
+        assert len(micro_batches) == self.accum
         for part, optimizer in zip(self.parts, self.optimizers(), strict=True):
-            with optimizer.toggle_model(sync_grad=is_last):
-                self.manual_backward(self.losses(part, *batch) / self.accum)
-                if is_last:
-                    grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
-                    self.grad_dtypes |= {g.dtype for g in grads}
-                    optimizer.step()
-                    optimizer.zero_grad()
-        if is_last:
-            whole = dict(self.trainer.strategy.whole_parameters("generator"))
-            follow(self.average, whole)
+            for micro_batch in micro_batches:
+                with optimizer.toggle_model(sync_grad=micro_batch is micro_batches[-1]):
+                    self.manual_backward(self.losses(part, *micro_batch) / self.accum)
+            grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
+            self.grad_dtypes |= {g.dtype for g in grads}
+            optimizer.step()
+            optimizer.zero_grad()
+        whole = dict(self.trainer.strategy.whole_parameters("generator"))
+        follow(self.average, whole)
 
     def configure_optimizers(self):
         return [
@@ -211,7 +215,7 @@ def fit(module, strategy=FullySharded, *, accum=1, steps=STEPS, resume=None, dat
         strategy=strategy(**(options if is_alone else DEFAULTS | options)),
         max_steps=steps,
         max_epochs=1,
-        accumulate_grad_batches=accum if module.automatic_optimization else 1,
+        accumulate_grad_batches=accum,
         plugins=[CheckpointDirectory({})],
         callbacks=callbacks,
         logger=False,

@@ -80,7 +80,7 @@ def case_adversaries(out):
         ("control", KeepsOldWeights, 1, {}),
     ]:
         module = Adversaries(accum)
-        found[name] = weights(fit(module, strategy, accum=accum, **options)), module.grad_dtypes
+        found[name] = weights(fit(module, strategy, **options)), module.grad_dtypes
     return found
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import parity
-from benchmarks.cells import STRATEGIES, Cell, run_cells
+from benchmarks.cells import STRATEGIES, Cell, Outcome, run_cells
 from benchmarks.gan_cells import GANS
 from benchmarks.parity import (
     exact_reference,
@@ -119,6 +119,7 @@ LOST = replace(CHANGED[-1], control="lost_state")
 MORE = [
     *(Cell("gan_relativistic", name, "bf16") for name in ("zero1", "fsdp")),
     Cell("gan", "ddp", "fp16"),
+    Cell("gan", "zero3", "fp16", micro=2),
     Cell("gan_relativistic", "zero3", stop_at=5, begun="fsdp"),
     *(Cell("gpt", name, "bf16", micro=2) for name in ("ddp", "fsdp")),
     *(Cell("given", name, micro=2) for name in ("ddp", "zero2", "fsdp")),
@@ -128,6 +129,8 @@ MORE = [
 # Muon multiplies what fp32 adds up in another order: by one rank under ddp it is 4e-3 away.
 MUON = Cell("gpt", "zero3", stop_at=5, begun="fsdp", optimizer="muon")
 MUON_TOLERANCE = 1e-2
+# The reference of ZeRO in fp16, in fp32: masters by the side change nothing.
+MASTERS = [Cell(name, "single", micro=2, control="kept_low") for name in ("gpt", "two_networks")]
 # Gradients of low parameters, to be exchanged in fp32.
 NOTED = [
     Cell("gpt", name, "bf16", parameters="low", control="noted")
@@ -163,13 +166,19 @@ def outcomes(tmp_path_factory):
         *DISORDERED,
         replace(MUON, control="lost_state"),
     ]
-    found = run_cells(ones, folder, 1, "cpu")
+    found = run_cells([*ones, *MASTERS], folder, 1, "cpu")
     return found | run_cells(list(dict.fromkeys(cells)), folder, 2, "cpu")
 
 
 @pytest.mark.parametrize("cell", [*EQUAL, *CHANGED, *SKIPPED], ids=lambda cell: cell.name)
 def test_two_ranks_train_as_one(cell, outcomes):
     assert outcomes[cell].error is None
+    is_equal, found = judge(cell, outcomes)
+    assert is_equal, found
+
+
+@pytest.mark.parametrize("cell", MASTERS, ids=lambda cell: cell.name)
+def test_masters_by_the_side_train_as_parameters_do(cell, outcomes):
     is_equal, found = judge(cell, outcomes)
     assert is_equal, found
 
@@ -240,6 +249,24 @@ def test_moving_average_of_low_parameters_stays_in_fp32(name, outcomes):
     assert all((value != value.bfloat16()).any() for value in averages)
 
 
+@pytest.mark.parametrize(("times", "is_sound"), [(2.5, True), (3.5, False)])
+def test_reference_that_keeps_parameters_in_fp16_is_not_far_itself(times, is_sound):
+    cell = Cell("gpt", "zero1", "fp16")
+    ones, runs = with_references([cell])
+
+    def outcome(distance):
+        return Outcome(torch.full((2,), distance), {"weight": torch.full((2,), distance)})
+
+    found = {run: outcome(3.0) for run in runs}  # within the bound of either reference
+    for one in ones:
+        found[one] = outcome(0.0 if one.precision == "fp32" else times if one.control else 1.0)
+    if is_sound:
+        assert judge(cell, found)[0]
+    else:
+        with pytest.raises(RuntimeError, match=r"are 3.5 \(losses\) and 3.5 \(weights\) times"):
+            judge(cell, found)
+
+
 @pytest.mark.slow
 def test_two_ranks_train_as_one_in_more_cells(tmp_path):
     ones, runs = with_references(MORE)
@@ -255,12 +282,7 @@ def test_two_ranks_train_as_one_in_more_cells(tmp_path):
     "options",
     [
         ["modules=gpt,two_networks", "recompute=none,full,selective,every_2"],
-        [
-            "modules=encoder_decoder,lstm",
-            "precisions=fp32,bf16",
-            "recompute=none",
-            "micro=2",
-        ],
+        ["modules=encoder_decoder,lstm", "recompute=none", "micro=2"],
         [f"modules={','.join(GANS)}", "precisions=fp32", "recompute=none,full", "micro=2"],
     ],
     ids=["gpt and two networks", "pairs", "gans"],

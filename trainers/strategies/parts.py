@@ -75,8 +75,7 @@ class PartsStrategy(WholeState):
         timeout_s: float,
     ):
         autocast = Autocast(precision, device_type)
-        timeout = timedelta(seconds=timeout_s + LATE_S)
-        super().__init__(timeout=timeout, precision_plugin=autocast)
+        super().__init__(timeout=timedelta(seconds=timeout_s + LATE_S), precision_plugin=autocast)
         autocast.strategy = self
         self.dtype = autocast.dtype
         self.clip, self.guard = gradient_clip, guard
@@ -155,6 +154,12 @@ class PartsStrategy(WholeState):
         for optimizer in self._lightning_optimizers:
             optimizer._on_before_step = optimizer._on_after_step = do_nothing_closure
         output = super().training_step(*args, **kwargs)
+        if self._losses:
+            raise RuntimeError(
+                f"training_step -> it differentiated {' and '.join(self._losses)} without a step, "
+                "and counts as a whole `global_step` -> go through all micro-batches of a step, "
+                "which come as a list, in one training_step"
+            )
         progress = self.module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         progress.increment_ready()
         progress.increment_completed()
@@ -196,11 +201,7 @@ class PartsStrategy(WholeState):
         self.module.backward(loss, *args, **kwargs)
 
     def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: Any = None,
-        **kwargs: Any,
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
     ) -> Any:
         """Finish a part's gradients (hooks, norm, clipping), and step unless the guard objects."""
         result = closure()  # of a module with one part: forward and backward
