@@ -1,4 +1,4 @@
-"""Weights to start a new run from: `init_from=<run|checkpoint directory>`."""
+"""Weights to start a new run from: `init_from=<run|checkpoint directory>`, or torch's DCP."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,35 @@ from launch.run_directory import TOKENIZERS, find_run
 def load_initial_weights(module: Any, config: DictConfig) -> None:
     """Load what `init_from=<run|checkpoint directory>` names into a module: a run's best or last.
 
+    Or a distributed checkpoint of torch, which has neither digests nor a vocabulary to compare.
+
     Values whose names begin with one of `module.starts_anew` stay as they are.
 
     Raises:
         ValueError: There is no such run, it has saved nothing, its weights do not fit, or its
             vocabulary is another.
     """
+    from trainers.distributed_checkpoint import METADATA, load_dcp_weights
+
+    source, anew = config.init_from, tuple(getattr(module, "starts_anew", ()))
+    own = module.state_dict()
+    if (Path(source) / METADATA).exists():
+        weights = load_dcp_weights(source, [name for name in own if not name.startswith(anew)])
+    else:
+        weights = _weights_of_run(config)
+    weights = {name: value for name, value in weights.items() if not name.startswith(anew)}
+    own = {name: value for name, value in own.items() if name.startswith(anew)}
+    try:
+        module.load_state_dict(_fitted(module, weights) | own, assign=True)
+    except RuntimeError as error:
+        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise ValueError(
+            f"init_from={source} -> its weights do not fit this module ({reasons}) -> use the "
+            f"module settings of that run"
+        ) from error
+
+
+def _weights_of_run(config: DictConfig) -> dict[str, Any]:
     from trainers.checkpoint import MANIFEST, load_weights, verify
 
     source = config.init_from
@@ -30,17 +53,7 @@ def load_initial_weights(module: Any, config: DictConfig) -> None:
         raise ValueError(f"init_from={source} -> that run has saved nothing -> train it first")
     verify(path)
     _refuse_other_vocabulary(config, path.parent.parent)
-    weights, anew = load_weights(path), tuple(getattr(module, "starts_anew", ()))
-    weights = {name: value for name, value in weights.items() if not name.startswith(anew)}
-    own = {name: value for name, value in module.state_dict().items() if name.startswith(anew)}
-    try:
-        module.load_state_dict(_fitted(module, weights) | own, assign=True)
-    except RuntimeError as error:
-        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise ValueError(
-            f"init_from={source} -> its weights do not fit this module ({reasons}) -> use the "
-            f"module settings of that run"
-        ) from error
+    return load_weights(path)
 
 
 def _fitted(module: Any, weights: dict[str, Any]) -> dict[str, Any]:

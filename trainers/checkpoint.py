@@ -19,6 +19,7 @@ safetensors holds plain tensors, `state.pt` is read with `weights_only=True` and
 
 import contextlib
 import json
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -148,16 +149,24 @@ def unpickle(file: BinaryIO, path: Path) -> dict[str, Any]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what damaged bytes raise can be anything
-        lines = [line for line in str(error).splitlines() if "Unsupported" in line]
-        if not lines:
+        reason = reason_of(error)
+        if "Unsupported" not in reason:
             raise ValueError(
-                f"checkpoint={path} -> {STATE} is damaged ({error}) -> choose another checkpoint"
+                f"checkpoint={path} -> {STATE} is damaged ({reason}) -> choose another checkpoint"
             ) from error
         raise ValueError(
-            f"checkpoint={path} -> {STATE} holds objects that are not read for safety "
-            f"({lines[0].strip()}) -> keep tensors, numbers, strings, lists and dictionaries in "
-            "the state of callbacks, modules and datamodules"
+            f"checkpoint={path} -> {STATE} holds objects that are not read for safety ({reason}) "
+            "-> keep tensors, numbers, strings, lists and dictionaries in the state of callbacks, "
+            "modules and datamodules"
         ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why torch has not read a pickle, in a line, without its advice to read it all the same."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    reasons = [line.strip() for line in lines if "Unsupported" in line]
+    is_advice = isinstance(error, pickle.UnpicklingError) and not reasons
+    return "no such pickle" if is_advice else [*reasons, lines[0]][0]
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
