@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from launch import runtime
 from launch.evaluate import load_checkpoint
-from launch.run_directory import find_run
+from launch.run_home import find_run
 
 
 def export_run(config: DictConfig) -> None:
@@ -22,7 +22,7 @@ def export_run(config: DictConfig) -> None:
     from trainers.durable_files import write_atomically
     from trainers.safetensors_file import Entry, write_tensors
 
-    run = find_run(config.run, config.runs_dir)
+    run = find_run(config.run, config, str(config.checkpoint))
     checkpoint, module = load_checkpoint(run, str(config.checkpoint))
     out = Path(config.out) if config.out else run.path / "exports" / checkpoint.name
     out.mkdir(parents=True, exist_ok=True)
