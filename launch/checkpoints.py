@@ -16,7 +16,8 @@ from launch.checkpoint_tables import (
     read_pointers,
 )
 from launch.progress import byte_bar
-from launch.run_directory import RunDirectory, find_run
+from launch.run_directory import RunDirectory
+from launch.run_home import find_run
 
 
 def checkpoints(config: DictConfig) -> int:
@@ -35,7 +36,7 @@ def checkpoints(config: DictConfig) -> int:
         raise ValueError(
             f"{given[0]}={config[given[0]]} -> action={action} does not read it -> leave it out"
         )
-    return function(find_run(config.run, config.runs_dir), config)
+    return function(find_run(config.run, config, str(config.checkpoint or "last")), config)
 
 
 def list_all(run: RunDirectory, config: DictConfig) -> int:
@@ -179,7 +180,7 @@ def find_other(run: RunDirectory, which: str, config: DictConfig) -> Path:
     """Find a checkpoint of this run, or `<run>/<name>` of another, or by its path."""
     other, _, name = which.rpartition("/")
     if other and not Path(which).is_dir() and not (run.checkpoints / which).is_dir():
-        return find(find_run(other, config.runs_dir), name)
+        return find(find_run(other, config, name), name)
     return find(run, which)
 
 

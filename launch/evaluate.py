@@ -8,7 +8,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from launch import runtime
-from launch.run_directory import RunDirectory, find_run
+from launch.run_directory import RunDirectory
+from launch.run_home import find_run
 
 SEARCH = ("num_beams", "length_penalty")
 
@@ -19,7 +20,7 @@ def evaluate_run(config: DictConfig) -> None:
     Of a module that generates, how its scores were computed is in them, and a table of the texts
     that it made (`.jsonl`) beside them.
     """
-    run = find_run(config.run, config.runs_dir)
+    run = find_run(config.run, config, str(config.checkpoint))
     if config.split not in ("val", "test"):
         raise ValueError(f"split={config.split} -> unknown -> use val or test")
     name, module = load_module(run, config.checkpoint, config.accelerator)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from launch import runtime
 from launch.evaluate import find_verified
 from launch.progress import byte_bar
-from launch.run_directory import find_run
+from launch.run_home import find_run
 
 
 def export_run(config: DictConfig) -> None:
@@ -30,7 +30,8 @@ def export_run(config: DictConfig) -> None:
     from trainers.durable_files import write_atomically
     from trainers.stored_tensors import choose_dtype
 
-    run, dtype = find_run(config.run, config.runs_dir), choose_dtype(config.dtype)
+    run = find_run(config.run, config, str(config.checkpoint))
+    dtype = choose_dtype(config.dtype)
     checkpoint = find_verified(run, str(config.checkpoint))
     stored, module = open_checkpoint(checkpoint), build_without_values(run.config)
     networks = stored_networks(module, stored.weights, str(checkpoint))

@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 from launch import runtime
 from launch.evaluate import load_module
 from launch.pictures import IMAGE_SETTINGS, write_images
-from launch.run_directory import RunDirectory, find_run
+from launch.run_directory import RunDirectory
+from launch.run_home import find_run
 
 SETTINGS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "num_sequences"),
@@ -24,7 +25,7 @@ def generate(config: DictConfig) -> None:
     Raises:
         ValueError: It generates neither, or a setting belongs to the other.
     """
-    run = find_run(config.run, config.runs_dir)
+    run = find_run(config.run, config, str(config.checkpoint))
     checkpoint, module = load_module(run, config.checkpoint, config.accelerator)
     if hasattr(module, "synthesize"):
         refuse(config, TEXT_SETTINGS, f"{type(module).__name__} generates images", IMAGE_SETTINGS)

@@ -6,7 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from launch.run_directory import TOKENIZERS, find_run
+from launch.run_directory import TOKENIZERS
+from launch.run_home import find_run
 
 
 def load_initial_weights(module: Any, config: DictConfig) -> None:
@@ -46,7 +47,7 @@ def _weights_of_run(config: DictConfig) -> dict[str, Any]:
     source = config.init_from
     path: Path | None = Path(source)
     if not (Path(source) / MANIFEST).exists():
-        run = find_run(source, config.runs_dir)
+        run = find_run(source, config, "best", "last")
         best = (run.checkpoints / "best").exists()
         path = run.find_checkpoint("best" if best else "last")
     if path is None:

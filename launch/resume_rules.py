@@ -12,7 +12,7 @@ FREE_KEYS = (
     "activation_checkpointing", "trainer.timeout_s", "trainer.guard",
     "trainer.pictures_every_images", "datamodule.num_workers",
     "datamodule.on_bad_sample", "datamodule.max_bad_samples", "datamodule.cache",
-    "logger", "runs_dir", "data_dir",
+    "logger", "runs_dir", "local_runs_dir", "data_dir",
     "corpus.path", "corpus.sources.*.path", "corpus.num_processes", "corpus.storage_options",
     "corpus.train", "corpus.val", "corpus.test",  # paths, of pairs
     "corpus.val_path", "corpus.test_path",  # of images
@@ -88,6 +88,13 @@ def drops_optimizer(manifest: Mapping[str, Any], config: DictConfig) -> bool:
             "cannot take -> go on without it with resume.drop=optimizer, or take the change back"
         )
     return False
+
+
+def differences(one: DictConfig, other: DictConfig) -> list[str]:
+    """Lines on the keys by which two configurations cannot be of one run, whichever is older."""
+    there, back = changed_keys(one, other), changed_keys(other, one)
+    free = FREE_KEYS + LENGTH_KEYS
+    return [line for key, line in there.items() if key in back and not _is_within(key, free)]
 
 
 def changed_keys(old: DictConfig, new: DictConfig) -> dict[str, str]:

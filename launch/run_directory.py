@@ -210,7 +210,6 @@ class RunDirectory:
         Raises:
             ValueError: It is not one of this run's, or its bytes are not what was saved.
         """
-        from trainers.checkpoint import list_checkpoints
         from trainers.durable_files import write_atomically
 
         if self._is_there_already(which):
@@ -228,14 +227,20 @@ class RunDirectory:
         write_atomically(self.checkpoints / "last", path.name + "\n")
         if _read_json(self.checkpoints / "best").get("checkpoint", "") > path.name:
             (self.checkpoints / "best").unlink()
+        self.set_aside_after(path.name)
+        write_atomically(self.checkpoints / "went_back", json.dumps({"to": which}) + "\n")
+        self.write_status("starting", f"went back to {path.name}")
+
+    def set_aside_after(self, name: str) -> None:
+        """Move checkpoints of later steps than `name` to `checkpoints/abandoned`."""
+        from trainers.checkpoint import list_checkpoints
+
         for later in list_checkpoints(self.checkpoints):
-            if later.name > path.name:
+            if later.name > name:
                 aside = self.checkpoints / "abandoned" / later.name
                 aside.parent.mkdir(exist_ok=True)
                 shutil.rmtree(aside, ignore_errors=True)
                 later.replace(aside)
-        write_atomically(self.checkpoints / "went_back", json.dumps({"to": which}) + "\n")
-        self.write_status("starting", f"went back to {path.name}")
 
     def _is_there_already(self, which: str) -> bool:
         return which == "last" or _read_json(self.checkpoints / "went_back").get("to") == which
@@ -269,20 +274,6 @@ class RunDirectory:
         for name in TOKENIZERS if config.data else ():  # so that a run can be read without its data
             if (tokenizer := Path(config.data.path, name)).exists():
                 shutil.copy(tokenizer, self.path)
-
-
-def find_run(run: str, runs_dir: str) -> RunDirectory:
-    """Find a run by `run=<name|path>`.
-
-    Raises:
-        ValueError: There is none; the names that exist are given.
-    """
-    for path in (Path(runs_dir, str(run)), Path(str(run))):
-        if (path / "config.yaml").exists():
-            return RunDirectory(path)
-    known = sorted(path.parent.name for path in Path(runs_dir).glob("*/config.yaml"))
-    names = ", ".join(known) or "none yet: train one first"
-    raise ValueError(f"run={run} -> no such run in {runs_dir}/ -> there are: {names}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _unit(row: Mapping[str, Any]) -> str:
 
 
 def _last_sample(path: str | None) -> str | None:
-    if path is None:
+    if path is None or not Path(path).exists():  # of a run that was fetched from elsewhere
         return None
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     if not rows:

@@ -12,6 +12,7 @@ import pytest
 from omegaconf import DictConfig
 
 from launch.run_directory import RunDirectory
+from launch.run_home import directory_of
 
 # Two ranks or workers beside the tests' own process would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -175,7 +176,7 @@ def train(compose) -> Callable[..., RunDirectory]:
             if not draws:
                 patch.setattr("trainers.metrics.plot_losses", lambda *args, **options: None)
             assert train(config) == code
-        return RunDirectory(Path(config.runs_dir, config.run.name))
+        return directory_of(config)
 
     return train_here
 

@@ -56,6 +56,11 @@ class JsonLines(StampedLogger):
         """The file's name."""
         return self.path.name
 
+    @property
+    def save_dir(self) -> str:
+        """The run directory, where a profiler writes if it is not told otherwise."""
+        return str(self.path.parent)
+
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append a row."""

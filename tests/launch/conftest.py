@@ -5,7 +5,18 @@ import time
 
 import pytest
 
+from launch import object_store
+from tests.launch.failing_store import FailingStore
 from trainers.metrics import read_metrics
+
+
+@pytest.fixture
+def failing_store(monkeypatch):
+    """An empty store at `failing://`, and no waits between attempts."""
+    monkeypatch.setattr(object_store, "FIRST_WAIT_S", 0.0)
+    FailingStore.clear()
+    yield FailingStore
+    FailingStore.clear()
 
 
 @pytest.fixture

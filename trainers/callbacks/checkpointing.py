@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Container, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -205,12 +206,11 @@ class Checkpointing(Callback):
         kept = {name}  # not the highest step after going back to an older checkpoint
         if path.exists():
             kept.add(json.loads(path.read_text())["checkpoint"])
-        checkpoints = list_checkpoints(self.directory)
-        for old in checkpoints[: -self.keep_last]:
-            step = int(old.name.removeprefix("step-"))
-            is_kept = self.keep_every_steps and step % self.keep_every_steps == 0
-            if old.name not in kept and not is_kept:
-                remove_checkpoint(old)
+        names = [path.name for path in list_checkpoints(self.directory)]
+        for old in superseded(
+            names, keep_last=self.keep_last, keep_every_steps=self.keep_every_steps, named=kept
+        ):
+            remove_checkpoint(self.directory / old)
         if self.max_gib is not None:
             self._make_room(self.max_gib * 2**30, kept)
 
@@ -220,6 +220,25 @@ class Checkpointing(Callback):
             if sum(sizes.values()) > allowed:
                 remove_checkpoint(path)
                 del sizes[path]
+
+
+def superseded(
+    names: Sequence[str], *, keep_last: int, keep_every_steps: int | None, named: Container[str]
+) -> list[str]:
+    """Which checkpoints need not be kept.
+
+    Args:
+        names: Of all that are there, oldest first.
+        keep_last: Newest ones to keep.
+        keep_every_steps: Keep those at multiples of this many steps; None for none.
+        named: Those that `last` and `best` name.
+    """
+    return [
+        name
+        for name in names[:-keep_last]
+        if name not in named
+        and not (keep_every_steps and int(name.removeprefix("step-")) % keep_every_steps == 0)
+    ]
 
 
 def writer_of(trainer: Trainer) -> CheckpointDirectory:

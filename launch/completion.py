@@ -1,0 +1,22 @@
+"""What the launcher fills into a configuration before models and data are built."""
+
+from dataclasses import asdict
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+
+def complete(config: DictConfig, num_ranks: int) -> None:
+    """Check it, prepare its data, fill in `plan` and `data`; on no device, on all ranks at once."""
+    from trainers.batch_plan import plan_run
+    from trainers.compat import check
+    from trainers.limits import resolve_precision
+
+    check(config, num_ranks)
+    config.precision = resolve_precision(config)  # written down: another machine may choose another
+    config.plan = asdict(plan_run(config, world_size=num_ranks))
+    if has_corpus := "_target_" in config.corpus:
+        config.data = instantiate(config.corpus).prepare(config.data_dir).facts
+    datamodule = instantiate(config.datamodule, _convert_="all")  # refuses settings that cannot be
+    if has_corpus:
+        datamodule.setup("fit")  # and data that does not suit them

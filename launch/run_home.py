@@ -1,0 +1,139 @@
+"""Where a run lives: in a local folder, or in an object store, with a local folder to work in."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from launch.downloads import Downloads
+from launch.object_store import ObjectStore, is_url
+from launch.run_directory import RunDirectory
+from launch.uploads import Uploads
+
+
+class Home:
+    """Of a run in a local folder: all of it is there, and there is nothing to do."""
+
+    def pull(self, *which: str, trains: bool = False) -> None:
+        """Bring the run's directory to where its home is; see `Downloads`."""
+
+    def push(self) -> None:
+        """Bring its home to where the run's directory is; see `Uploads`."""
+
+    def push_small_files(self) -> None:
+        """All but checkpoints; the first thing that is written there."""
+
+    def on_commit(self, path: Path) -> None:
+        """There is a new checkpoint."""
+
+    @contextmanager
+    def uploading(self) -> Iterator[None]:
+        """While this process trains."""
+        yield
+
+    @contextmanager
+    def completed_at_end(self) -> Iterator[None]:
+        """While this or other processes train: at the end nothing may be missing there."""
+        yield
+
+
+class StoreHome(Home):
+    """Of a run in an object store. Rank 0 uploads; what it uploads all ranks have written."""
+
+    def __init__(self, run: RunDirectory, store: ObjectStore):
+        """Take the run's local directory, and the store at the url of the run."""
+        self.downloads, self.uploads = Downloads(run, store), Uploads(run, store)
+        self.is_rank_zero = os.environ.get("RANK", "0") == "0"
+        self.pull = self.downloads.pull
+        self.push, self.push_small_files = self.uploads.push, self.uploads.push_small_files
+        self.on_commit = self.uploads.on_commit
+
+    @contextmanager
+    def uploading(self) -> Iterator[None]:
+        """Upload at checkpoints, beside the training; ranks end together.
+
+        Whoever has started them ends all soon after one of them has ended by a request to stop.
+        """
+        with self.uploads.running() if self.is_rank_zero else nullcontext():
+            yield
+        _wait_for_all_ranks()
+
+    @contextmanager
+    def completed_at_end(self) -> Iterator[None]:
+        """Complete the upload; ranks end together."""
+        with self.uploads.completed_at_end() if self.is_rank_zero else nullcontext():
+            yield
+        _wait_for_all_ranks()
+
+
+def home_of(run: RunDirectory, config: DictConfig) -> Home:
+    """The home that `runs_dir` names.
+
+    Raises:
+        ValueError: It is a url that cannot be opened here.
+    """
+    if not is_url(config.runs_dir):
+        return Home()
+    return StoreHome(run, ObjectStore(f"{config.runs_dir.rstrip('/')}/{run.path.name}"))
+
+
+def directory_of(config: DictConfig) -> RunDirectory:
+    """The local directory of the run that a configuration names.
+
+    Raises:
+        ValueError: `local_runs_dir` is no local folder.
+    """
+    local = config.local_runs_dir if is_url(config.runs_dir) else config.runs_dir
+    if is_url(local):
+        raise ValueError(
+            f"local_runs_dir={local} -> runs are written to a disk first -> use a local folder"
+        )
+    return RunDirectory(Path(local, str(config.run.name)))
+
+
+def find_run(run: str, config: DictConfig, *which: str) -> RunDirectory:
+    """Find a run by `run=<name|path|url>`, and fetch what is not here of it.
+
+    Args:
+        run: A name in `runs_dir`, a path, or the url of a run.
+        config: Has `runs_dir` and `local_runs_dir`.
+        which: Checkpoints that will be read, as `checkpoint=` names them; the first that is there.
+
+    Raises:
+        ValueError: There is none; the names that exist are given.
+    """
+    name, runs_dir = str(run), str(config.runs_dir)
+    if is_url(name):
+        runs_dir, _, name = name.rstrip("/").rpartition("/")
+    if is_url(runs_dir) and "/" not in name:
+        return _fetch_run(name, runs_dir.rstrip("/"), Path(config.local_runs_dir, name), which)
+    for path in (Path(runs_dir, name), Path(name)):
+        if (path / "config.yaml").exists():
+            return RunDirectory(path)
+    known = sorted(path.parent.name for path in Path(runs_dir).glob("*/config.yaml"))
+    raise _no_such_run(name, runs_dir, known)
+
+
+def _fetch_run(name: str, runs_dir: str, path: Path, which: tuple[str, ...]) -> RunDirectory:
+    store, run = ObjectStore(f"{runs_dir}/{name}"), RunDirectory(path)
+    if store.read("config.yaml") is not None:
+        Downloads(run, store).pull(*which)
+    if not (path / "config.yaml").exists():
+        raise _no_such_run(name, runs_dir, ObjectStore(runs_dir).list())
+    return run
+
+
+def _no_such_run(name: str, runs_dir: str, known: list[str]) -> ValueError:
+    names = ", ".join(known) or "none yet: train one first"
+    return ValueError(f"run={name} -> no such run in {runs_dir}/ -> there are: {names}")
+
+
+def _wait_for_all_ranks() -> None:
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        is_nccl = dist.get_backend() == "nccl"
+        dist.barrier(device_ids=[torch.cuda.current_device()] if is_nccl else None)
