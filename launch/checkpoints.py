@@ -30,7 +30,7 @@ def checkpoints(config: DictConfig) -> int:
     if action not in ACTIONS:
         raise ValueError(f"action={action} -> unknown -> use one of {', '.join(ACTIONS)}")
     function, own = ACTIONS[action]
-    settings = ("checkpoint", "with", "to", "dtype", "ranks", "yes", "force")
+    settings = ("checkpoint", "with", "to", "form", "dtype", "ranks", "yes", "force")
     given = [key for key in settings if config[key] not in (None, False) and key not in own]
     if given:
         raise ValueError(
@@ -75,10 +75,11 @@ def compare(run: RunDirectory, config: DictConfig) -> int:
 
 
 def convert(run: RunDirectory, config: DictConfig) -> int:
-    """Write a checkpoint anew, in the present format."""
+    """Write a checkpoint anew: in the present format, or its weights in torch's."""
     from trainers.checkpoint import open_checkpoint, size_of
     from trainers.checkpoint import verify as verify_bytes
     from trainers.checkpoint_conversion import convert as write
+    from trainers.distributed_checkpoint import write_dcp
     from trainers.stored_tensors import choose_dtype
 
     path = find(run, config.checkpoint or "last")
@@ -89,15 +90,21 @@ def convert(run: RunDirectory, config: DictConfig) -> int:
     if not config.to or to.exists():
         why = "it is there already" if config.to else "it has no value"
         raise ValueError(f"to={config.to} -> {why} -> give a directory that is yet to be made")
+    if config.form not in (None, "dcp") or (config.form and config.ranks):
+        raise ValueError(
+            f"form={config.form} -> unknown, or not to be had with ranks={config.ranks} -> use "
+            "null, or dcp without ranks"
+        )
     verify_bytes(path)
     source = open_checkpoint(path)
-    with byte_bar("Converting", size_of(path)) as advance:
-        write(source, to, num_files=num_files, dtype=dtype, advance=advance)
-    step = source.manifest["step"]
-    print(
-        f"{name_in(run, path)} is in {to} ({decimal(size_of(to))}): for init_from={to}, or, "
-        f"as checkpoints/step-{step:08d} of a run, to go back to"
-    )
+    if config.form == "dcp":
+        write_dcp(source, to, dtype)
+        use = "torch.distributed.checkpoint"
+    else:
+        with byte_bar("Converting", size_of(path)) as advance:
+            write(source, to, num_files=num_files, dtype=dtype, advance=advance)
+        use = f"checkpoints/step-{source.manifest['step']:08d} of a run, to go back to"
+    print(f"{name_in(run, path)} is in {to} ({decimal(size_of(to))}): for init_from={to}, or {use}")
     return runtime.DONE
 
 
@@ -188,7 +195,7 @@ ACTIONS: dict[str, tuple[Callable[[RunDirectory, DictConfig], int], tuple[str, .
     "list": (list_all, ()),
     "verify": (verify, ("checkpoint",)),
     "compare": (compare, ("checkpoint", "with")),
-    "convert": (convert, ("checkpoint", "to", "dtype", "ranks")),
+    "convert": (convert, ("checkpoint", "to", "form", "dtype", "ranks")),
     "delete": (delete, ("checkpoint", "yes", "force")),
 }
 """Name -> what does it, and the settings that it reads."""

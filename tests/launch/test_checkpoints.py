@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
 
 from launch.checkpoints import checkpoints
 from launch.run_directory import RunDirectory
@@ -163,6 +164,15 @@ def test_format_2_is_converted_with_the_same_bits(run, verb, tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_weights_leave_for_torch_distributed_checkpoint(run, verb, tmp_path):
+    verb(run, "action=convert", "form=dcp", f"to={tmp_path / 'dcp'}")
+    exact = load_weights(run.checkpoints / "step-00000020")
+    found = {name: torch.empty_like(value) for name, value in exact.items()}
+    load_dcp(found, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert all(torch.equal(found[name], exact[name]) for name in exact)
+
+
 def test_converted_weights_in_bf16_start_a_run_in_fp32(run, verb, train, small_run, tmp_path):
     verb(run, "action=convert", f"to={tmp_path / 'half'}", "dtype=bf16")
     exact, rounded = (
@@ -199,6 +209,8 @@ def test_convert_refuses_what_cannot_be(run, verb, tmp_path):
         (f"to={run.path}",): "it is there already",
         (f"to={tmp_path / 'x'}", "dtype=int8"): "dtype=int8 -> unknown -> use fp32, bf16, fp16",
         (f"to={tmp_path / 'x'}", "ranks=0"): "ranks=0 -> no number of files",
+        (f"to={tmp_path / 'x'}", "form=npz"): "form=npz -> unknown",
+        (f"to={tmp_path / 'x'}", "form=dcp", "ranks=2"): "form=dcp -> unknown, or not to be had",
     }.items():
         with pytest.raises(ValueError, match=message):
             verb(run, "action=convert", *settings)

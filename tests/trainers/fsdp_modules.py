@@ -236,3 +236,11 @@ def weights(trainer):
     own = trainer.lightning_module.state_dict(keep_vars=True)
     wholes = {name: trainer.strategy.whole(value).cpu().clone() for name, value in own.items()}
     return wholes if trainer.is_global_zero else {}
+
+
+def put_together(run):
+    """A tensor of whose elements each rank has a run."""
+    whole = torch.zeros(run.shape.numel())
+    whole[run.start : run.stop] = run.values
+    torch.distributed.all_reduce(whole)
+    return whole.view(run.shape)

@@ -26,6 +26,7 @@ import modules.stretches
 from modules.adafactor import Adafactor
 from modules.adamw_rms import AdamWRMS
 from modules.muon import MuonAdamW
+from tests.trainers.fsdp_modules import put_together
 
 MATRICES = [(12, 20), (20, 12), (12, 20), (7, 5), (12, 20), (13, 32), (1, 6), (20, 12)]
 OTHERS = [(9, 4), (5,), (3,)]
@@ -176,7 +177,9 @@ def _zero(make, sharding, bf16, clip, vetoed=()):
         factors.append(1.0 / torch.clamp((norm + 1e-6) / clip, min=1.0) if clip else None)
     shards = find_shards(engine)
     state = [
-        _whole(shards[w].held(key)) if key in shards[w].state_keys() else shards[w].unsharded()[key]
+        put_together(shards[w].held(key))
+        if key in shards[w].state_keys()
+        else shards[w].unsharded()[key]
         for w, key in _remembered(model)
     ]
     found = [shards[weight].get() for weight in _weights(model)], state
@@ -185,13 +188,6 @@ def _zero(make, sharding, bf16, clip, vetoed=()):
         make, torch.distributed.get_world_size(), factors if clip else None, vetoed
     )
     return _distance(found, expected, make)
-
-
-def _whole(run):
-    whole = torch.zeros(run.shape.numel())
-    whole[run.start : run.stop] = run.values
-    torch.distributed.all_reduce(whole)
-    return whole.view(run.shape)
 
 
 def _fsdp(make, mesh_shape=None, vetoed=(), placement=None, through_state=False):

@@ -8,12 +8,9 @@ What DeepSpeed would default silently is written out in `deepspeed_settings`, an
 silently there is refused by `PartsStrategy.differentiate`.
 """
 
-import copy
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +36,7 @@ from trainers.strategies.zero_shards import (
     find_shards,
     refresh,
     run_of_frozen,
+    trained_copy,
 )
 
 
@@ -156,7 +154,7 @@ class ZeRO(PartsStrategy):
         """Make an engine of each part and a copy of its optimizer."""
         deepspeed = import_deepspeed(self.root_device.type)
         for (name, part), optimizer in zip(self.parts.items(), self.optimizers, strict=True):
-            inner = _copy_of(optimizer)
+            inner = trained_copy(optimizer)
             engine, *_ = deepspeed.initialize(
                 model=part,
                 optimizer=inner,
@@ -178,8 +176,8 @@ class ZeRO(PartsStrategy):
         """Start from the masters that other strategies start from, not from rounded values."""
         for name, parameter in self.module.named_parameters():
             if parameter in self.shards:
-                value = self._originals.get(name)
-                value = self.module.initial_value(name) if value is None else value  # type: ignore
+                if (value := self._originals.get(name)) is None:
+                    value = self.module.initial_value(name)  # type: ignore
                 self.shards[parameter].take(Stored.of(value))
         self._originals = {}
 
@@ -244,12 +242,9 @@ class ZeRO(PartsStrategy):
 
     def held(self, value: Tensor) -> Run:
         """This rank's run of a master; of what has none, as the model uses it."""
-        if value in self.shards:
-            return self.shards[value].held()
-        if hasattr(value, "ds_id"):
-            return run_of_frozen(value)
-        run = super().held(value)
-        return replace(run, values=run.values.float()) if isinstance(value, nn.Parameter) else run
+        if value in self.shards or hasattr(value, "ds_id"):
+            return self.shards[value].held() if value in self.shards else run_of_frozen(value)
+        return Run.whole(value.float()) if isinstance(value, nn.Parameter) else super().held(value)
 
     def take(self, value: Tensor, stored: Stored) -> None:
         """Set this rank's run of a master; what has none, as the model uses it."""
@@ -302,13 +297,3 @@ class ZeRO(PartsStrategy):
             engine.destroy()
         self.engines, self.shards = {}, {}
         super().teardown()
-
-
-def _copy_of(optimizer: Optimizer) -> Optimizer:
-    """The same optimizer on the trained of its parameters, with groups and state of its own."""
-    inner = copy.copy(optimizer)
-    trained = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
-    groups = zip(optimizer.param_groups, trained, strict=True)
-    inner.param_groups = [{**group, "params": own} for group, own in groups if own]
-    inner.state = defaultdict(dict)
-    return inner

@@ -5,11 +5,14 @@ every parameter into one piece per rank. Either way a rank has at most one run o
 elements, inside a flat tensor that the optimizer steps on.
 """
 
+import copy
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from trainers.stored_tensors import Run, Stored
 
@@ -170,3 +173,13 @@ def refresh(engine: Any) -> None:
         zero._reassign_or_swap_out_partitioned_parameters(index)
     if zero.persistent_parameters:  # small ones, which every rank keeps whole
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def trained_copy(optimizer: Optimizer) -> Optimizer:
+    """The same optimizer on the trained of its parameters, with groups and state of its own."""
+    inner = copy.copy(optimizer)
+    trained = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
+    groups = zip(optimizer.param_groups, trained, strict=True)
+    inner.param_groups = [{**group, "params": own} for group, own in groups if own]
+    inner.state = defaultdict(dict)
+    return inner
