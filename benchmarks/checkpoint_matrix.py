@@ -63,7 +63,9 @@ class Run:
     @property
     def name(self) -> str:
         """Of its directory."""
-        return "-".join(str(value) for value in asdict(self).values() if value is not None)
+        begun = f"{self.continues}-to-" if self.continues else ""
+        control = f"-{self.control}" if self.control else ""
+        return f"{self.module}-{begun}{self.launch}-{self.num_steps}{control}"
 
     @property
     def strategy(self) -> str:

@@ -134,7 +134,8 @@ def prepare_directory(run: Run, folder: Path) -> bool:
     if run.beginning:
         begun = folder / run.beginning.name
         if not (begun / "trained").exists():
-            (folder / run.name / "error.txt").write_text("what it continues has failed")
+            error = (begun / "error.txt").read_text()
+            (folder / run.name / "error.txt").write_text(f"{begun.name} has failed: {error}")
             return False
         target = folder / run.name / "checkpoints"
         shutil.copytree(begun / "checkpoints", target, copy_function=os.link)

@@ -106,7 +106,11 @@ def write_files(save: Save, rank: int, num_ranks: int) -> None:
         for name, run in save.runs.items()
     }
     text = json.dumps({"files": files, "tensors": tensors})
-    write_atomically(save.scratch / _part_name(rank), text)
+    # Synced before rank 0 can see it, which then moves the directory.
+    written = save.scratch / f".{_part_name(rank)}"
+    write_synced(written, text.encode())
+    sync_directory(save.scratch)
+    written.replace(save.scratch / _part_name(rank))
 
 
 def remove_files(save: Save, rank: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.trainers.checkpoint_saves import at_once, held_by, ranks, save_as_a_run_does
-from trainers import checkpoint_parts, checkpoint_writer
+from trainers import checkpoint_parts, checkpoint_writer, durable_files
 from trainers.checkpoint import load_weights, open_checkpoint, read_last, verify
 from trainers.checkpoint_parts import merge
 from trainers.stored_tensors import Run
@@ -157,6 +157,24 @@ def test_rank_whose_disk_is_full_fails_and_nothing_is_moved(full, tmp_path, monk
             writers[0].raise_failure()
     assert read_last(tmp_path) == "step-00000001"
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["step-00000001"]
+
+
+def test_directory_moves_when_no_rank_works_in_it_any_more(tmp_path, monkeypatch):
+    sync, write, slow_threads = durable_files.sync_directory, checkpoint_parts.write_files, []
+
+    def write_slowly(save, rank, num_ranks):
+        slow_threads.extend([threading.get_ident()] * rank)
+        write(save, rank, num_ranks)
+
+    def sync_slowly(path):
+        time.sleep(0.3 if threading.get_ident() in slow_threads else 0)
+        sync(path)
+
+    monkeypatch.setattr(checkpoint_writer, "write_files", write_slowly)
+    for module in (durable_files, checkpoint_parts):
+        monkeypatch.setattr(module, "sync_directory", sync_slowly)
+    assert save_on(ranks(2), tmp_path / "step-00000001") == [None, None]
+    assert_is_of(tmp_path / "step-00000001", 2)
 
 
 # -- what ranks wrote, put together -------------------------------------------------------------
