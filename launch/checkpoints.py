@@ -17,7 +17,7 @@ from launch.checkpoint_tables import (
 )
 from launch.progress import byte_bar
 from launch.run_directory import RunDirectory
-from launch.run_home import find_run
+from launch.run_home import describe_store, find_run, is_stored
 
 
 def checkpoints(config: DictConfig) -> int:
@@ -36,12 +36,20 @@ def checkpoints(config: DictConfig) -> int:
         raise ValueError(
             f"{given[0]}={config[given[0]]} -> action={action} does not read it -> leave it out"
         )
-    return function(find_run(config.run, config, str(config.checkpoint or "last")), config)
+    if action == "delete" and is_stored(config.run, config):
+        raise ValueError(
+            f"action=delete -> {config.run} is in an object store, which a launch brings to where "
+            "its own disk is -> leave that to checkpoints.keep_last, or use the store's own tools"
+        )
+    which = () if action == "list" else (str(config.checkpoint or "last"),)
+    return function(find_run(config.run, config, *which), config)
 
 
 def list_all(run: RunDirectory, config: DictConfig) -> int:
-    """Print a table of what there is."""
+    """Print a table of what there is on this disk, and in an object store what is there."""
     print_checkpoints(run)
+    if is_stored(config.run, config):
+        print(describe_store(config.run, config))
     return runtime.DONE
 
 
@@ -188,6 +196,8 @@ def find_other(run: RunDirectory, which: str, config: DictConfig) -> Path:
     other, _, name = which.rpartition("/")
     if other and not Path(which).is_dir() and not (run.checkpoints / which).is_dir():
         return find(find_run(other, config, name), name)
+    if is_stored(config.run, config) and not Path(which).is_dir():
+        run = find_run(config.run, config, which)
     return find(run, which)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from launch.object_store import ObjectStore
+from launch.object_store import ObjectStore, StoreError
 from launch.resume_rules import differences
 from launch.run_directory import RunDirectory
 from launch.stored_files import (
@@ -151,14 +151,19 @@ class Downloads:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         (scratch / MANIFEST).write_bytes(manifest)
-        for file in read_manifest(scratch)["files"]:
-            self.store.download(f"{CHECKPOINTS}/{name}/{file}", scratch / file)
         with (scratch / MANIFEST).open("rb") as file:
             os.fsync(file.fileno())
         try:
+            for file in read_manifest(scratch)["files"]:
+                self.store.download(f"{CHECKPOINTS}/{name}/{file}", scratch / file)
             verify(scratch)
+        except StoreError:
+            raise
         except ValueError as error:
-            return str(error).split(" -> ")[1]
+            _, why, remedy = str(error).split(" -> ", 2)
+            if remedy == "use that version":
+                raise ValueError(f"checkpoint={name} -> {why} -> {remedy}") from error
+            return why
         return None
 
     def _offer(self, name: str) -> str:

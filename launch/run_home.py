@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from launch.downloads import Downloads
 from launch.object_store import ObjectStore, is_url
 from launch.run_directory import RunDirectory
+from launch.stored_files import checkpoints_in, read_last_of
 from launch.uploads import Uploads
 
 
@@ -104,11 +105,9 @@ def find_run(run: str, config: DictConfig, *which: str) -> RunDirectory:
     Raises:
         ValueError: There is none; the names that exist are given.
     """
+    if is_stored(run, config):
+        return _fetch_run(*_split(run, config), Path(config.local_runs_dir), which)
     name, runs_dir = str(run), str(config.runs_dir)
-    if is_url(name):
-        runs_dir, _, name = name.rstrip("/").rpartition("/")
-    if is_url(runs_dir) and "/" not in name:
-        return _fetch_run(name, runs_dir.rstrip("/"), Path(config.local_runs_dir, name), which)
     for path in (Path(runs_dir, name), Path(name)):
         if (path / "config.yaml").exists():
             return RunDirectory(path)
@@ -116,7 +115,30 @@ def find_run(run: str, config: DictConfig, *which: str) -> RunDirectory:
     raise _no_such_run(name, runs_dir, known)
 
 
-def _fetch_run(name: str, runs_dir: str, path: Path, which: tuple[str, ...]) -> RunDirectory:
+def is_stored(run: str, config: DictConfig) -> bool:
+    """Whether `run=<name|path|url>` is in an object store."""
+    return is_url(run) or (is_url(config.runs_dir) and "/" not in str(run))
+
+
+def describe_store(run: str, config: DictConfig) -> str:
+    """A line on the checkpoints that a store has of a run."""
+    runs_dir, name = _split(run, config)
+    store = ObjectStore(f"{runs_dir}/{name}")
+    last = read_last_of(store)
+    names = [f"{each} (last)" if each == last else each for each in checkpoints_in(store)]
+    return f"in {store.url}: {', '.join(names) or 'none'}"
+
+
+def _split(run: str, config: DictConfig) -> tuple[str, str]:
+    """Url that runs are below, and name of the run."""
+    if is_url(run):
+        runs_dir, _, name = str(run).rstrip("/").rpartition("/")
+        return runs_dir, name
+    return str(config.runs_dir).rstrip("/"), str(run)
+
+
+def _fetch_run(runs_dir: str, name: str, local: Path, which: tuple[str, ...]) -> RunDirectory:
+    path = local / name
     store, run = ObjectStore(f"{runs_dir}/{name}"), RunDirectory(path)
     if store.read("config.yaml") is not None:
         Downloads(run, store).pull(*which)

@@ -14,6 +14,7 @@ from launch.object_store import ObjectStore
 from launch.run_directory import RunDirectory
 from launch.uploads import Uploads
 from trainers.checkpoint import list_checkpoints
+from trainers.checkpoint_digests import seal
 
 
 class Killed(BaseException):
@@ -109,7 +110,7 @@ class MadeUpRun(RunDirectory):
             digest = hashlib.blake2b(data, digest_size=32).hexdigest()
             files[name] = {"bytes": len(data), "blake2b": digest}
         manifest = {"format": 3, "step": step, "files": files}
-        (path / "manifest.json").write_text(json.dumps(manifest))
+        (path / "manifest.json").write_text(seal(manifest))
         if is_best:
             (self.checkpoints / "best").write_text(json.dumps({"checkpoint": path.name}))
         (self.checkpoints / "last").write_text(path.name + "\n")

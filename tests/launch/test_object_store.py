@@ -147,7 +147,7 @@ def test_damaged_file_is_named_and_the_older_one_offered(run, tmp_path, name, da
     push(run)
     key = f"/bucket/runs/one/checkpoints/step-00000020/{name}"
     content = bytearray(contents(URL)[key.removeprefix("/bucket/runs/one/")])
-    content[0 if name == "manifest.json" else len(content) // 2] ^= 1
+    content[len(content) // 2] ^= 1
     if damage == "remove":
         del FailingStore.store[key]
     else:
@@ -162,6 +162,15 @@ def test_damaged_file_is_named_and_the_older_one_offered(run, tmp_path, name, da
     other.go_back_to("step-00000010")
     push(other)
     assert read_last(pull(tmp_path / "third").checkpoints) == "step-00000010"
+
+
+def test_newer_format_names_the_version_that_wrote_it(run, tmp_path):
+    path = run.save(10) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"format": 99, "versions": {"trainyard": "9.9"}}))
+    push(run)
+    with pytest.raises(ValueError, match=r"step-00000010 -> written by trainyard 9.9 in format 99"):
+        pull(tmp_path / "other")
 
 
 def test_damaged_best_does_not_end_the_run(run, tmp_path):

@@ -15,6 +15,7 @@ from fsspec.registry import _registry
 from torch import equal
 
 from launch import runtime
+from launch.checkpoints import checkpoints
 from launch.evaluate import evaluate_run
 from launch.export import export_run
 from launch.generate import generate
@@ -161,6 +162,15 @@ def test_verbs_fetch_what_they_read(small_run, stored_run, train, compose, local
             function(compose(verb, ["run=large", *runs]))
     shutil.rmtree(local)
     evaluate_run(compose("evaluate", [f"run={URL}/small", f"local_runs_dir={local}"]))
+    shutil.rmtree(local)
+    here = ["run=small", f"runs_dir={URL}", f"local_runs_dir={local}"]
+    checkpoints(compose("checkpoints", here))
+    assert "step-00000016, step-00000020 (last)" in capfd.readouterr().out
+    assert not list(local.glob("small/checkpoints/step-*"))
+    checkpoints(compose("checkpoints", [*here, "action=compare", "with=step-00000015"]))
+    assert len(list(local.glob("small/checkpoints/step-*"))) == 2
+    with pytest.raises(ValueError, match=r"action=delete -> small is in an object store"):
+        checkpoints(compose("checkpoints", [*here, "action=delete", "checkpoint=last"]))
     shutil.rmtree(local)
     run = train(*stored_run, "run.name=new", "init_from=small")
     assert run.summary["step"] == 20
