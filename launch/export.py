@@ -27,6 +27,7 @@ def export_run(config: DictConfig) -> None:
     """
     runtime.quiet_libraries()
     from trainers.checkpoint import open_checkpoint
+    from trainers.checkpoint_parts import without_credentials
     from trainers.durable_files import write_atomically
     from trainers.stored_tensors import choose_dtype
 
@@ -42,7 +43,7 @@ def export_run(config: DictConfig) -> None:
         for name, values in networks.items():
             rounded = {key: value.to(dtype) for key, value in values.items()}
             _write_network(out / f"{name}.safetensors", rounded, advance)
-    settings = runtime.plain(run.config)
+    settings = without_credentials(runtime.plain(run.config))
     facts = {
         "run": run.path.name,
         "checkpoint": checkpoint.name,

@@ -23,6 +23,7 @@ from trainers.callbacks.step_guard import StepGuard
 from trainers.callbacks.step_metrics import StepMetrics
 from trainers.callbacks.step_vote import StepVote
 from trainers.callbacks.watchdog import Report, Watchdog
+from trainers.checkpoint_parts import without_credentials
 from trainers.checkpoint_writer import CheckpointDirectory
 from trainers.metrics import JsonLines, StampedLogger
 from trainers.strategies.parts import PartsStrategy
@@ -147,7 +148,7 @@ def _manifest_facts(config: Mapping[str, Any]) -> dict[str, Any]:
         "run": config["run"]["name"],
         "strategy": config["strategy"]["name"],
         "data_digest": config["data"].get("digest"),
-        "configuration": config,
+        "configuration": without_credentials(config),
     }
 
 

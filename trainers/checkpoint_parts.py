@@ -176,6 +176,16 @@ def finish(save: Save, parts: list[dict[str, Any]], facts: Mapping[str, Any]) ->
     save.then()
 
 
+def without_credentials(config: Any) -> Any:
+    """A configuration for files that leave the machine: options of file systems may hold keys."""
+    if isinstance(config, Mapping):
+        return {
+            key: "(left out)" if key == "storage_options" and value else without_credentials(value)
+            for key, value in config.items()
+        }
+    return [without_credentials(each) for each in config] if isinstance(config, list) else config
+
+
 def _part_name(rank: int) -> str:
     return f"rank-{rank + 1:05d}.json"
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from launch.run_directory import RunDirectory
-from trainers.checkpoint import load_weights
+from trainers.checkpoint import load_weights, open_checkpoint
 from trainers.metrics import read_metrics
+from trainers.stored_tensors import Stored
 
 STATEFUL = [
     "module.network={norm: batch, dropout: 0.3, width_factor: null}",
@@ -37,7 +38,8 @@ def weights(run: RunDirectory) -> dict[str, Tensor]:
 
 def optimizers(run: RunDirectory) -> list[Any]:
     """States of the optimizers in it."""
-    return torch.load(_last(run) / "state.pt", weights_only=True)["optimizer_states"]
+    states = open_checkpoint(_last(run)).optimizer_states
+    return tree_map_only(Stored, Stored.whole, states)
 
 
 def rows(run: RunDirectory) -> list[dict[str, Any]]:

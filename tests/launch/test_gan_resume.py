@@ -75,7 +75,8 @@ def test_run_has_a_state_in_all_that_could_be_lost(whole, stopped):
 def test_stopped_gan_ends_with_the_same_bits(num_workers, whole, resume, capfd):
     assert not differing(whole, resume(f"datamodule.num_workers={num_workers}"))
     printed = capfd.readouterr().out
-    assert f"stopped: running: continues from step-{STOP:08d}, up to {STEPS} steps" in printed
+    begins = f"continues from step-{STOP:08d} (saved by single on 1 rank(s)), up to {STEPS} steps"
+    assert f"stopped: running: {begins}" in printed
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from trainers.checkpoint import (
     read_manifest,
     verify,
 )
+from trainers.checkpoint_parts import without_credentials
 from trainers.checkpoint_writer import CheckpointDirectory
 from trainers.durable_files import write_atomically
 
@@ -163,3 +164,10 @@ def test_pointer_is_the_old_or_the_new(tmp_path):
     write_atomically(tmp_path / "last", "step-00000002\n")
     assert read_last(tmp_path) == "step-00000002"
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_keys_of_file_systems_stay_at_home():
+    config = {"corpus": {"storage_options": {"secret": "x"}, "sources": [{"storage_options": {}}]}}
+    assert without_credentials(config) == {
+        "corpus": {"storage_options": "(left out)", "sources": [{"storage_options": {}}]}
+    }

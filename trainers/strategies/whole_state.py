@@ -125,7 +125,8 @@ class WholeState(DDPStrategy):
         saved, own = checkpoint["state_dict"], self.module.state_dict(keep_vars=True)
         refuse_other_weights(own, saved, strict)
         for name in [name for name in own if name in saved]:
-            self.take(own[name], saved[name])
+            value = saved[name]  # a tensor, where a hook of the module has put one
+            self.take(own[name], value if isinstance(value, Stored) else Stored.of(value))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """What this rank is to save of an optimizer's state.
