@@ -20,3 +20,13 @@ def test_run_survives_kills_of_any_rank(strategy):
     assert ended.returncode == 0
     assert "kills=6, " in ended.stdout
     assert "faults=[]" in ended.stdout
+
+
+def test_run_killed_when_all_was_saved_is_tidied_up(small_run, train):
+    run = train(*small_run, "max_steps=2")
+    run.write_status("running")
+    left = run.checkpoints / ".step-00000001.deleted"
+    left.mkdir()
+    train(*small_run, "max_steps=2")
+    assert run.status["state"] == "done"
+    assert not left.exists()

@@ -70,10 +70,13 @@ class Checkpointing(Callback):
         self._validation_pending = False
         self._best = float("inf")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tidy up after a crash, and count from here."""
-        if trainer.is_global_zero:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tidy up after a crash, also where the last step is saved and no training starts."""
+        if stage == "fit" and trainer.is_global_zero:
             remove_leftovers(self.directory)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from here."""
         if writer_of(trainer).drops_optimizer:
             _set_rates(trainer)
         self._best = self._best_value()
