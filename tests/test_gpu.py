@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from benchmarks import gan_throughput
 from benchmarks.cells import STRATEGIES, Cell, run_cells
 from benchmarks.parity import judge, with_references
 from launch.run_directory import RunDirectory
+from trainers.checkpoint import load_weights
 from trainers.metrics import read_metrics
 
 pytestmark = pytest.mark.gpu
@@ -105,7 +105,7 @@ def gan_losses(run):
 
 
 def average_of(run):
-    saved = load_file(run.find_checkpoint("last") / "weights.safetensors")
+    saved = load_weights(run.find_checkpoint("last"))
     return torch.cat([v.flatten().float() for k, v in saved.items() if k.startswith("ema.")])
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
-from safetensors.torch import load_file
 
 from benchmarks.cells import start_ranks
 from launch.run_directory import RunDirectory
 from launch.train import complete
 from modules.gan_norms import BatchNorm
 from tests.modules.gan_sync_ranks import CLASSES, LABELS, SIZES, differentiate, layer_of, made_up
+from trainers.checkpoint import load_weights
 from trainers.metrics import read_metrics
 
 
@@ -55,7 +55,7 @@ def by_hand(x, layer, labels, epsilon=1e-3):
 
 def largest_difference(folder, name):
     runs: list[Any] = [RunDirectory(folder / "runs" / each) for each in ("alone", name)]
-    one, other = (load_file(run.find_checkpoint("last") / "weights.safetensors") for run in runs)
+    one, other = (load_weights(run.find_checkpoint("last")) for run in runs)
     assert one.keys() == other.keys()
     assert any("running_var" in key for key in one)
     weights = max(float((one[key].double() - other[key].double()).abs().max()) for key in one)
