@@ -136,7 +136,7 @@ class Kills:
             older = half_written(run)
             attempt = self._attempt(name)
             life_s = self.lots.uniform(0, self.life_s) if tally.kills < num_kills else WHOLE_S
-            if not attempt.wait(life_s):
+            if is_killed := not attempt.wait(life_s):
                 os.kill(self.lots.choice(attempt.left), signal.SIGKILL)
                 tally.kills += 1
                 tally.in_saves += bool(half_written(run) - older)
@@ -144,26 +144,27 @@ class Kills:
             elif attempt.has_failed:
                 self._blame(run, f"ended with codes {attempt.codes}")
             attempt.end(self.lots.choice(PATIENCE_S))
-            self._check_start(run, seen, last)
+            has_begun = self._check_start(run, seen, last)
+            tally.in_starts += is_killed and not has_begun
             self._check_last(run)
             if not attempt.has_failed:
                 self._compare(run)
                 tally.runs += 1
                 return
 
-    def _check_start(self, run: Path, seen: int, last: str | None) -> None:
-        """See where an attempt began to train, after `seen` notes and when `last` was the last."""
+    def _check_start(self, run: Path, seen: int, last: str | None) -> bool:
+        """See whether an attempt began to train, after `seen` notes, and from `last`."""
         notes = read_notes(run)
         begun = next((note for note in notes[seen:] if "from" in note), None)
         if begun is None:
-            self.tally.in_starts += 1
-            return
+            return False
         step = int(last.removeprefix("step-")) if last else 0
         if begun["from"] != step or begun["left"]:
             self._blame(run, f"{last} was the last, and it began to train with {begun}")
         self.tally.resumes += step > 0
         made = max((note["step"] for note in notes[:seen] if "step" in note), default=0)
         self.tally.repeated_steps += max(0, made - step)
+        return True
 
     def _check_last(self, run: Path) -> None:
         """See that what was saved last is whole."""
