@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cells import start_ranks, write_text
+from launch.ranks import die_with_parent
 from launch.run_directory import RunDirectory
 from launch.train import complete, fit
 from trainers.callbacks.checkpointing import Checkpointing, writer_of
@@ -217,6 +218,7 @@ def report(found: dict[str, dict[str, Any]]) -> Table:
 def main() -> None:
     """Measure and print; as a rank, train the runs of a file."""
     if sys.argv[1:] and sys.argv[1].endswith(JOBS):
+        die_with_parent()
         jobs = Path(sys.argv[1])
         for name in json.loads(jobs.read_text()):
             run = RunDirectory(jobs.parent / "runs" / name)
