@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.core.optimizer import do_nothing_closure
 from torch import Tensor
 
 from trainers.checkpoint import FORMAT_VERSION, MANIFEST, STATE, put_in_place
@@ -17,10 +18,6 @@ from trainers.durable_files import digest_of, sync_directory, write_atomically, 
 from trainers.safetensors_file import NAMES, Entry, write_tensors
 from trainers.stored_tensors import Run
 from trainers.tensor_pieces import OPTIMIZER, WEIGHTS, file_name, key_of, kind_of
-
-
-def nothing() -> None:
-    """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Save:
     aliases: dict[str, str]
     state: bytes
     step: int
-    then: Callable[[], None] = nothing
+    then: Callable[[], None] = do_nothing_closure
 
 
 def flatten(

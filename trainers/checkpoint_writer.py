@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.core.optimizer import do_nothing_closure
 from torch import Tensor
 
 from trainers.checkpoint import open_checkpoint, read_last, remove_checkpoint, unpickle
@@ -28,7 +29,6 @@ from trainers.checkpoint_parts import (
     Save,
     finish,
     flatten,
-    nothing,
     read_part,
     remove_files,
     write_files,
@@ -107,7 +107,7 @@ class CheckpointDirectory(CheckpointIO):
             aliases=aliases,
             state=state,
             step=checkpoint["global_step"],
-            then=storage_options or nothing,
+            then=storage_options or do_nothing_closure,
         )
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()

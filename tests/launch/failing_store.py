@@ -132,6 +132,7 @@ def num_checkpoints(url: str) -> Counter[str]:
     return Counter(name.split("/")[1] for name in names)
 
 
+GONE = OSError("the network is gone")
 URL = "failing://bucket/runs/one"
 
 

@@ -10,6 +10,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from launch.object_store import ObjectStore, StoreError
 from tests.launch.failing_store import (
+    GONE,
     URL,
     FailingStore,
     Killed,
@@ -23,7 +24,6 @@ from tests.launch.failing_store import (
 from trainers.checkpoint import list_checkpoints, read_last, verify
 from trainers.metrics import read_metrics
 
-GONE = OSError("the network is gone")
 pytestmark = pytest.mark.usefixtures("failing_store")
 
 

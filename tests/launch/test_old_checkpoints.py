@@ -1,18 +1,16 @@
 """A run whose checkpoint was written in format 2 goes on as from its own."""
 
-import hashlib
-import json
 import shutil
 
 import torch
-from safetensors.torch import save_file
 from torch import equal
 
+from tests.trainers.checkpoint_saves import write_format_2
 from trainers.checkpoint import load_weights, open_checkpoint, verify
 
 
 def rewrite_in_format_2(path):
-    """As trainyard wrote it then: weights whole in one file, all else in `state.pt`."""
+    """Replace a checkpoint by what trainyard would have written then."""
     stored = open_checkpoint(path)
     weights = {name: tensor.clone() for name, tensor in load_weights(path).items()}
     states = [
@@ -25,19 +23,10 @@ def rewrite_in_format_2(path):
         }
         for saved in stored.optimizer_states
     ]
-    manifest = {key: stored.manifest[key] for key in ("step", "versions", "strategy")}
+    facts = {key: stored.manifest[key] for key in ("step", "versions", "strategy")}
     state = stored.state | {"optimizer_states": states}
     shutil.rmtree(path)
-    path.mkdir()
-    save_file(weights, path / "weights.safetensors", metadata={"format": "pt"})
-    torch.save(state, path / "state.pt")
-    files = {}
-    for name in ("weights.safetensors", "state.pt"):
-        content = (path / name).read_bytes()
-        digest = hashlib.blake2b(content, digest_size=32).hexdigest()
-        files[name] = {"bytes": len(content), "blake2b": digest}
-    manifest |= {"format": 2, "files": files, "world_size": 1, "data_digest": None}
-    (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    write_format_2(path, weights, state, world_size=1, **facts)
 
 
 def test_run_goes_on_from_format_2_as_from_format_3(small_run, train):

@@ -9,6 +9,7 @@ from launch.object_store import ObjectStore
 from launch.stored_files import is_store_ahead
 from launch.uploads import Uploads
 from tests.launch.failing_store import (
+    GONE,
     URL,
     FailingStore,
     MadeUpRun,
@@ -20,7 +21,6 @@ from tests.launch.failing_store import (
 )
 from trainers.checkpoint import read_last
 
-GONE = OSError("the network is gone")
 pytestmark = pytest.mark.usefixtures("failing_store")
 
 

@@ -1,8 +1,11 @@
 """What tests of checkpoints save, and ranks that are threads of one process."""
 
+import hashlib
+import json
 import threading
 
 import torch
+from safetensors.torch import save_file
 
 from trainers.callbacks.checkpointing import Checkpointing
 from trainers.checkpoint_writer import CheckpointDirectory
@@ -29,6 +32,20 @@ def lightning_content(step, value=None):
         ],
         "loops": {"fit_loop": {"epoch": 0}},
     }
+
+
+def write_format_2(path, weights, state, **facts):
+    """As trainyard wrote it then: weights whole in one file, all else in `state.pt`."""
+    path.mkdir()
+    save_file(weights, path / "weights.safetensors", metadata={"format": "pt"})
+    torch.save(state, path / "state.pt")
+    files = {}
+    for name in ("weights.safetensors", "state.pt"):
+        content = (path / name).read_bytes()
+        digest = hashlib.blake2b(content, digest_size=32).hexdigest()
+        files[name] = {"bytes": len(content), "blake2b": digest}
+    manifest = facts | {"format": 2, "files": files, "data_digest": None}
+    (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 def policy(directory, **settings):

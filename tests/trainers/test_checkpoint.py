@@ -17,24 +17,6 @@ from trainers.checkpoint_writer import CheckpointDirectory
 from trainers.durable_files import write_atomically
 
 
-@pytest.fixture
-def content():
-    torch.manual_seed(0)
-    return {
-        "state_dict": {"a.weight": torch.randn(3, 4), "b": torch.arange(5)},
-        "global_step": 7,
-        "optimizer_states": [{"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": []}],
-        "loops": {"fit_loop": {"epoch": 0}},
-    }
-
-
-@pytest.fixture
-def saved(content, tmp_path):
-    path = tmp_path / "step-00000007"
-    CheckpointDirectory({"strategy": "ddp"}).save_checkpoint(content, path)
-    return path
-
-
 def test_checkpoint_comes_back_as_it_was(content, saved):
     found = CheckpointDirectory({}).load_checkpoint(saved)
     assert found["loops"] == content["loops"]

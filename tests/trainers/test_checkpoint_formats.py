@@ -1,36 +1,16 @@
 """Checkpoints of other formats, and crafted ones: named, and no code of them is run."""
 
-import hashlib
 import json
 import pickle
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from tests.trainers.checkpoint_saves import Surprise, spoil
+from tests.trainers.checkpoint_saves import Surprise, spoil, write_format_2
 from trainers.checkpoint import load_weights, open_checkpoint, read_manifest, verify
 from trainers.checkpoint_digests import seal
 from trainers.checkpoint_writer import CheckpointDirectory
 from trainers.stored_tensors import Stored
-
-
-@pytest.fixture
-def content():
-    torch.manual_seed(0)
-    return {
-        "state_dict": {"a.weight": torch.randn(3, 4), "b": torch.arange(5)},
-        "global_step": 7,
-        "optimizer_states": [{"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": []}],
-        "loops": {"fit_loop": {"epoch": 0}},
-    }
-
-
-@pytest.fixture
-def saved(content, tmp_path):
-    path = tmp_path / "step-00000007"
-    CheckpointDirectory({"strategy": "ddp"}).save_checkpoint(content, path)
-    return path
 
 
 def rewrite(path, **changes):
@@ -100,13 +80,8 @@ def test_state_that_is_cut_is_named(saved, keeps):
 def old(tmp_path):
     """A checkpoint as it was written in format 2: all by rank 0, optimizer state in `state.pt`."""
     path = tmp_path / "step-00000009"
-    path.mkdir()
     weight, moment = torch.randn(3, 4), torch.rand(3, 4)
-    save_file(
-        {"a.weight": weight, "tied": weight.clone(), "scale": torch.tensor(2.0)},
-        path / "weights.safetensors",
-        metadata={"format": "pt"},
-    )
+    weights = {"a.weight": weight, "tied": weight.clone(), "scale": torch.tensor(2.0)}
     values = {"step": torch.tensor(9.0), "exp_avg": moment, "row": torch.rand(3)}
     scalar = {"step": torch.tensor(9.0), "exp_avg": torch.tensor(0.5)}
     groups = [{"lr": 0.1, "params": ["a.weight", "scale"]}]
@@ -118,16 +93,8 @@ def old(tmp_path):
         "lr_schedulers": [{"last_epoch": 9}],
         "loops": {"fit_loop": {"epoch": 0}},
     }
-    torch.save(state, path / "state.pt")
-    files = {}
-    for name in ("weights.safetensors", "state.pt"):
-        content = (path / name).read_bytes()
-        digest = hashlib.blake2b(content, digest_size=32).hexdigest()
-        files[name] = {"bytes": len(content), "blake2b": digest}
     versions = {"trainyard": "0.1.0", "torch": "2.13.0", "lightning": "2.6.6"}
-    manifest = {"format": 2, "step": 9, "files": files, "versions": versions}
-    manifest |= {"strategy": "ddp", "world_size": 2, "data_digest": None}
-    (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    write_format_2(path, weights, state, step=9, versions=versions, strategy="ddp", world_size=2)
     return path, weight, state
 
 
