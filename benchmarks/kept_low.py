@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainers.stored_tensors import Run
 from trainers.strategies.replicated import Single
 
 
@@ -45,5 +46,9 @@ class KeptLow(Single):
             parameter.data = self.masters[parameter].to(self.dtype)
 
     def whole(self, value: Tensor) -> Tensor:
-        """What is saved and averaged: a master; of what has none, the value."""
+        """What is averaged: a master; of what has none, the value."""
         return self.masters.get(value, value).detach()
+
+    def held(self, value: Tensor) -> Run:
+        """What is saved, likewise."""
+        return Run.whole(self.masters[value]) if value in self.masters else super().held(value)

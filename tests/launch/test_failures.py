@@ -4,10 +4,10 @@ import gc
 import time
 
 import pytest
-from safetensors.torch import load_file
 from torch import equal
 
 from launch import runtime
+from trainers.checkpoint import load_weights
 from trainers.compat import check
 from trainers.metrics import read_metrics
 
@@ -134,7 +134,7 @@ SKIP = "trainer.guard.nonfinite=skip"
 
 
 def weights(run):
-    return load_file(run.find_checkpoint("last") / "weights.safetensors")
+    return load_weights(run.find_checkpoint("last"))
 
 
 def assert_same_weights(one, other):

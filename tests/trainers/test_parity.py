@@ -131,6 +131,7 @@ MUON = Cell("gpt", "zero3", stop_at=5, begun="fsdp", optimizer="muon")
 MUON_TOLERANCE = 1e-2
 # The reference of ZeRO in fp16, in fp32: masters by the side change nothing.
 MASTERS = [Cell(name, "single", micro=2, control="kept_low") for name in ("gpt", "two_networks")]
+KEPT_LOW = Cell("gpt", "single", "fp16", control="kept_low")
 # Gradients of low parameters, to be exchanged in fp32.
 NOTED = [
     Cell("gpt", name, "bf16", parameters="low", control="noted")
@@ -166,7 +167,7 @@ def outcomes(tmp_path_factory):
         *DISORDERED,
         replace(MUON, control="lost_state"),
     ]
-    found = run_cells([*ones, *MASTERS], folder, 1, "cpu")
+    found = run_cells([*ones, *MASTERS, KEPT_LOW], folder, 1, "cpu")
     return found | run_cells(list(dict.fromkeys(cells)), folder, 2, "cpu")
 
 
@@ -181,6 +182,11 @@ def test_two_ranks_train_as_one(cell, outcomes):
 def test_masters_by_the_side_train_as_parameters_do(cell, outcomes):
     is_equal, found = judge(cell, outcomes)
     assert is_equal, found
+
+
+def test_masters_by_the_side_are_what_is_saved(outcomes):
+    weights = outcomes[KEPT_LOW].weights
+    assert all((value != value.half()).any() for value in weights.values() if value.ndim > 1)
 
 
 @pytest.mark.parametrize("cell", [*DIFFERENT, LOST], ids=lambda cell: cell.name)
