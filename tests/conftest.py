@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,10 +33,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no Slurm installation")
 
 
+@pytest.hookimpl(trylast=True)  # of what is left when the others have deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    allowed_s: Counter[Path] = Counter()
     for item in items:
         names = {mark.name for mark in item.iter_markers()}
         item.user_properties.append(("named", bool(names & NAMED_MARKS)))
+        if timeout := item.get_closest_marker("timeout"):
+            allowed_s[item.path] = max(allowed_s[item.path], timeout.args[0])
+    # Of two processes one would end alone with the longest file, were it not among the first.
+    items.sort(key=lambda item: -allowed_s[item.path])
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -98,5 +98,5 @@ if sys.argv[2] == "error":
 def test_process_ends_while_workers_read_ahead(index: Index, ending: str, code: int) -> None:
     command = [sys.executable, "-c", LEAVES, str(index.path), ending]
     # Waiting for workers that ignore their parent would take forever.
-    ended = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == code, ended.stderr

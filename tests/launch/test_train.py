@@ -93,7 +93,7 @@ def test_stopped_run_saves_says_so_and_continues(small_run, train, start, tmp_pa
     process, run_path = start(*long), tmp_path / "runs" / "small"
     start.wait(process, run_path, 3)
     process.send_signal(getattr(signal, name))
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate()
     assert process.returncode == runtime.PREEMPTED
     status = json.loads((run_path / "status.json").read_text())
     assert status["state"] == "preempted"
