@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 TWO_RANKS = ["strategy=ddp", "trainer.devices=2", "checkpoints.every_steps=null"]
+
 CALLBACKS = '''
 import copy, os, signal, time
 from lightning.pytorch import Callback
@@ -88,7 +89,7 @@ def at_step(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fail(small_run, train, capfd):
-    """Run two ranks that fail; gives the reason, which terminal and status share."""
+    """Run two ranks that fail, before pytest's timeout; gives the reason, which all share."""
 
     def run_and_fail(*overrides):
         run = train(*small_run, *TWO_RANKS, *overrides, code=runtime.FAILED)
