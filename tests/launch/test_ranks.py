@@ -146,6 +146,7 @@ def test_signal_to_every_process_and_once_more_still_saves(
     assert run.status["step"] >= 2
 
 
+@pytest.mark.slow  # a loss of one rank alone is in test_failures.py, every day
 def test_failing_rank_ends_the_run_and_says_why(small_run, train, capfd):
     overrides = ["module.optimizer.name=sgd", "module.optimizer.lr=1e30", "run.name=failed"]
     clip = "module.optimizer.gradient_clip=null"
