@@ -46,7 +46,7 @@ def start(run: RunDirectory, num_ranks: int) -> int:
                 log_dir=str(run.path / "logs"),
                 redirects=dict.fromkeys(range(1, num_ranks), Std.ALL),
             ),
-            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
         )
         elastic_launch(agent, sys.executable)("-P", "-m", "launch.rank", str(run.path))
     except SignalException as error:

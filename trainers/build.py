@@ -1,5 +1,6 @@
 """One Lightning Trainer from a run's configuration."""
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from trainers.callbacks.watchdog import Report, Watchdog
 from trainers.checkpoint_parts import without_credentials
 from trainers.checkpoint_writer import CheckpointDirectory
 from trainers.metrics import JsonLines, StampedLogger
+from trainers.spot_notices import SpotNotices
 from trainers.strategies.parts import PartsStrategy
 
 
@@ -43,6 +45,7 @@ def build_trainer(
     report: Report = lambda reason, step: None,
     drops_optimizer: bool = False,
     on_commit: Callable[[Path], None] | None = None,
+    launched_at: float | None = None,
 ) -> lightning.Trainer:
     """Put a run's Trainer together.
 
@@ -62,6 +65,7 @@ def build_trainer(
         report: Is told why the run fails, by the rank that knows it.
         drops_optimizer: Whether to continue without the optimizer state of the checkpoint.
         on_commit: Is called on rank 0 with each new checkpoint, in a thread.
+        launched_at: Time of the clock from which on the budget counts; None for now.
     """
     plan, options, saves = config["plan"], config["trainer"], dict(config["checkpoints"])
     writer = CheckpointDirectory(
@@ -124,7 +128,7 @@ def build_trainer(
             ),
             checkpointing,
             ProgressBar(metrics, monitor=saves["monitor"]),
-            Preemption(checkpointing, vote),
+            _preemption(config["cluster"], checkpointing, vote, launched_at or time.time()),
         ],
         default_root_dir=directory,
         enable_checkpointing=False,
@@ -134,6 +138,19 @@ def build_trainer(
     )
     _stamp_rows(trainer, loggers, plan)
     return trainer
+
+
+def _preemption(
+    cluster: Mapping[str, Any], checkpointing: Checkpointing, vote: StepVote, launched_at: float
+) -> Preemption:
+    # Runs of earlier versions lack these keys.
+    minutes, notice = cluster.get("budget_minutes"), cluster.get("notice")
+    return Preemption(
+        checkpointing,
+        vote,
+        ends_at=None if minutes is None else launched_at + 60 * minutes,
+        notices=SpotNotices(notice, every_s=cluster["notice_every_s"]) if notice else None,
+    )
 
 
 def resolve_accelerator(accelerator: str) -> str:
