@@ -14,6 +14,7 @@ from lightning.pytorch.profilers import Profiler
 from trainers.activation_checkpointing import ActivationCheckpointing
 from trainers.batch_plan import in_steps
 from trainers.callbacks.checkpointing import Checkpointing
+from trainers.callbacks.own_work import OwnWork
 from trainers.callbacks.pictures import Pictures
 from trainers.callbacks.preemption import Preemption
 from trainers.callbacks.previews import Previews
@@ -27,6 +28,7 @@ from trainers.callbacks.watchdog import Report, Watchdog
 from trainers.checkpoint_parts import without_credentials
 from trainers.checkpoint_writer import CheckpointDirectory
 from trainers.metrics import JsonLines, StampedLogger
+from trainers.slowest_rank import SlowestRank
 from trainers.spot_notices import SpotNotices
 from trainers.strategies.parts import PartsStrategy
 
@@ -78,13 +80,16 @@ def build_trainer(
         saves[f"{name}_steps"] = in_steps(saves, name, plan["batch_samples"])
         del saves[f"{name}_images"]
     val_every = in_steps(options, "val_every", plan["batch_samples"])
-    guard, vote = StepGuard(**options["guard"]), StepVote()
+    guard, vote, own_work = StepGuard(**options["guard"]), StepVote(), OwnWork()
+    watchdog = Watchdog(timeout_s=options["timeout_s"], report=report)
     metrics = StepMetrics(
         log_every_steps=options["log_every_steps"],
         batch_samples=plan["batch_samples"],
         tokens_per_sample=plan["tokens_per_sample"],
         unit=plan["unit"],
         guard=guard,
+        own_work=own_work,
+        slowest=SlowestRank(watchdog.name_of),
     )
     accelerator = resolve_accelerator(options["accelerator"])
     checkpointing = Checkpointing(directory / "checkpoints", **saves, guard=guard, vote=vote)
@@ -112,7 +117,8 @@ def build_trainer(
         plugins=[writer],
         logger=loggers,
         callbacks=[
-            Watchdog(timeout_s=options["timeout_s"], report=report),
+            watchdog,
+            own_work,  # the user's callbacks are part of it
             *callbacks,
             SameStart(config, resume_step=resume_step),
             KeyedRandomness(seed=config["seed"]),

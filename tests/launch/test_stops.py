@@ -16,6 +16,7 @@ from trainers.callbacks.preemption import BUDGET, NOTICE, PreemptedError, Preemp
 from trainers.callbacks.step_vote import StepVote
 from trainers.checkpoint import read_last
 from trainers.metrics import read_metrics
+from trainers.slowest_rank import SLOW
 
 AT_STEP = """
 import time
@@ -28,9 +29,9 @@ class AtStep(Callback):
             served.is_given.set()
             assert served.is_seen.wait(timeout=60)
 
-class Slow(Callback):
+class SlowOnRankOne(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        time.sleep(0.2)
+        time.sleep(0.3 * trainer.global_rank)
 """
 
 
@@ -102,20 +103,26 @@ def test_budget_stops_the_run_and_the_next_launch_has_one_of_its_own(small_run, 
 def test_signals_to_all_processes_leave_workers_to_the_step(
     small_run, own_callback, start, tmp_path
 ):
-    process = start(*small_run, "datamodule.num_workers=2", "max_steps=200", own_callback("Slow"))
+    two_ranks = ["strategy=ddp", "trainer.devices=2", "datamodule.num_workers=2"]
+    process = start(*small_run, *two_ranks, "max_steps=200", own_callback("SlowOnRankOne"))
     run = RunDirectory(tmp_path / "runs" / "small")
-    start.wait(process, run.path, 2)
-    workers = psutil.Process(process.pid).children()
-    assert len(workers) == 2
+    start.wait(process, run.path, 3)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) == 2 + 4
     # Ahead of the limit, and then of `scontrol requeue`: to each process of the job.
     for number in (signal.SIGUSR2, signal.SIGCONT, signal.SIGTERM):
-        for each in (*workers, process):
+        for each in (*children, process):
             os.kill(each.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == runtime.PREEMPTED, output
-    assert run.status["reason"].startswith("SIGUSR2;"), run.status
+    assert "SIGUSR2" in run.status["reason"]
     assert read_last(run.checkpoints) == f"step-{run.status['step']:08d}"
-    assert not any(worker.is_running() for worker in workers)
+    assert not any(child.is_running() for child in children)
+    # Meanwhile the rank that the others wait for was named, once.
+    assert output.count("note: rank 1 is the slowest") == 1
+    row = next(row for row in read_metrics(run.path / "metrics.jsonl") if row["step"] == 3)
+    assert row["perf/slowest_rank"] == 1
+    assert row["perf/slowdown"] > SLOW
 
 
 def asks_requeue(*granted):
