@@ -1,5 +1,6 @@
 """One Lightning Trainer from a run's configuration."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.profilers import Profiler
@@ -20,7 +24,6 @@ from trainers.callbacks.preemption import Preemption
 from trainers.callbacks.previews import Previews
 from trainers.callbacks.progress import ProgressBar
 from trainers.callbacks.randomness import KeyedRandomness
-from trainers.callbacks.same_start import SameStart
 from trainers.callbacks.step_guard import StepGuard
 from trainers.callbacks.step_metrics import StepMetrics
 from trainers.callbacks.step_vote import StepVote
@@ -114,13 +117,12 @@ def build_trainer(
         log_every_n_steps=1,
         deterministic=options["deterministic"],
         profiler=profiler,
-        plugins=[writer],
+        plugins=[writer, environment()],
         logger=loggers,
         callbacks=[
             watchdog,
             own_work,  # the user's callbacks are part of it
             *callbacks,
-            SameStart(config, resume_step=resume_step),
             KeyedRandomness(seed=config["seed"]),
             ActivationCheckpointing(config["activation_checkpointing"]),
             vote,
@@ -164,6 +166,11 @@ def resolve_accelerator(accelerator: str) -> str:
     if accelerator == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return accelerator
+
+
+def environment() -> ClusterEnvironment:
+    """Who is which rank: one, or as torch's variables say, whatever scheduler is around us."""
+    return TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()
 
 
 def _manifest_facts(config: Mapping[str, Any]) -> dict[str, Any]:
