@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from launch.runtime import PREEMPTED
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+NETWORK = ("GLOO_", "NCCL_")
 FIRST_PORT, NUM_PORTS = 15000, 17000  # below those that Linux gives to outgoing connections
 
 
@@ -104,6 +105,14 @@ def code_for_starter(code: int) -> int:
     """
     is_understood = starter() != "torchrun" and is_first()
     return 0 if code == PREEMPTED and is_rank() and not is_understood else code
+
+
+def network_notes(num_ranks: int) -> list[str]:
+    """What is set of gloo and NCCL, for rank 0 to say once where there are several ranks."""
+    settings = {name: os.environ[name] for name in sorted(os.environ) if name[:5] in NETWORK}
+    if num_ranks == 1 or not settings:
+        return []
+    return ["network: " + " ".join(f"{name}={value}" for name, value in settings.items())]
 
 
 def first_host(nodes: str) -> str:

@@ -44,7 +44,7 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
     num_ranks = cluster.count_ranks(config)
     torch.manual_seed(config.seed)  # for modules that draw their initial values as torch does
     module = instantiate(config.module, _convert_="all")
-    runtime.say_once(*check(config, num_ranks, module))
+    runtime.say_once(*cluster.network_notes(num_ranks), *check(config, num_ranks, module))
     datamodule = instantiate(config.datamodule, _convert_="all")
     if config.init_from and checkpoint is None:
         load_initial_weights(module, config)

@@ -82,6 +82,15 @@ def test_interface_is_told_to_gloo_and_nccl(environment, config):
     assert {environment.pop(name) for name in cluster.INTERFACE_VARIABLES} == {"eth7"}
 
 
+def test_settings_of_the_network_are_said_where_there_is_one(environment):
+    for name in [name for name in environment if name[:5] in cluster.NETWORK]:
+        del environment[name]
+    assert cluster.network_notes(4) == []
+    environment |= {"NCCL_DEBUG": "WARN", "GLOO_SOCKET_IFNAME": "eth0"}
+    assert cluster.network_notes(4) == ["network: GLOO_SOCKET_IFNAME=eth0 NCCL_DEBUG=WARN"]
+    assert cluster.network_notes(1) == []
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [

@@ -89,7 +89,7 @@ def at_step(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fail(small_run, train, capfd):
-    """Run two ranks that fail before pytest's timeout; the reason, as terminal and status have it."""
+    """Run two ranks that fail, before pytest's timeout; gives the reason, which all share."""
 
     def run_and_fail(*overrides):
         run = train(*small_run, *TWO_RANKS, *overrides, code=runtime.FAILED)
