@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from launch.cluster import is_rank, node_range
 from launch.run_directory import RunDirectory
-from launch.runtime import DONE, FAILED, PREEMPTED
+from launch.runtime import DONE, FAILED, LAUNCHED_AT, PREEMPTED, launched_at
 
 KILLED_BY = {
     "SIGKILL": ": somebody killed it, or the machine was out of memory, which is the usual reason "
@@ -119,6 +119,7 @@ def _rank_environment(num_ranks: int) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         # Seconds to finish a step and save in after a signal; torch 2.11 knows 30 only.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+        LAUNCHED_AT: str(launched_at()),
     }
 
 
