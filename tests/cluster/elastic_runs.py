@@ -1,0 +1,113 @@
+"""One run over several hosts, started on each of them as a user would."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from launch.run_directory import RunDirectory
+from tests.cluster.hosts import Hosts
+from tests.cluster.recording import recorded
+from trainers.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent.parent
+WAIT_S = 150
+OVERRIDES = [
+    "batch_samples=12",  # for 1, 2 and 3 ranks
+    "max_steps=30",
+    "strategy=ddp",
+    "trainer.val_every_steps=15",
+    "trainer.timeout_s=15",
+    # SGD: Adam turns gradients that are zero but for rounding into steps of full size.
+    "module.schedule.name=constant",
+    "module.schedule.final_lr_fraction=null",
+    "module.network.dropout=0.0",
+    "module.optimizer.name=sgd",
+    "module.optimizer.lr=0.05",
+]
+QUICK = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
+"""What torch's agents are told, so that tests need not wait for its usual 30 and 15 seconds."""
+
+
+class ElasticRun:
+    """A run in a folder, with the commands that train it.
+
+    Args:
+        folder: For its run directory and records.
+        overrides: Of all its commands.
+        hosts: Where it is started.
+    """
+
+    def __init__(self, folder: Path, overrides: list[str], hosts: Hosts | None = None):
+        self.records = folder / "records"
+        self.directory = RunDirectory(folder / "runs" / "elastic")
+        own = [f"runs_dir={folder / 'runs'}", "run.name=elastic", recorded(self.records)]
+        self.overrides = [*overrides, *OVERRIDES, *own]
+        self.hosts = hosts
+        self.processes: dict[str, subprocess.Popen[str]] = {}
+
+    def torchrun(self, host: str, *overrides: str, nodes: str, max_restarts: int = 0) -> None:
+        """Start torchrun on a host; `host1` holds the rendezvous."""
+        rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=host1:29500", "--rdzv-id=elastic"]
+        options = [f"--nnodes={nodes}", "--nproc-per-node=1", f"--max-restarts={max_restarts}"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *rendezvous]
+        command = [*torchrun, f"--rdzv-conf={QUICK}", "-m", "launch.train"]
+        self.start(host, *command, *self.overrides, *overrides)
+
+    @property
+    def command(self) -> list[str]:
+        """Our own command."""
+        return [sys.executable, "-m", "launch.train", *self.overrides]
+
+    def start(self, host: str, *command: str) -> None:
+        """Start a command on a host; without hosts, here."""
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        environment = os.environ | {"PYTHONPATH": path} | (fresh if "torch.distributed.run" in command else {})
+        run = partial(self.hosts.run, host) if self.hosts else subprocess.Popen
+        with (self.records.parent / f"{host}.log").open("a") as log:
+            self.processes[host] = run(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True
+            )
+
+    def pace(self, pause_s: float) -> None:
+        """Add a pause to each micro-batch from now on."""
+        scratch = self.records / ".pause_s"
+        scratch.write_text(str(pause_s))
+        scratch.rename(self.records / "pause_s")
+
+    @property
+    def step(self) -> int:
+        """The last one that was logged."""
+        rows = read_metrics(self.directory.path / "metrics.jsonl")
+        return rows[-1]["step"] if rows else 0
+
+    def wait_until(self, is_so: Callable[[], bool], what: str) -> None:
+        """Wait for something that the run does."""
+        deadline = time.monotonic() + WAIT_S
+        while not is_so():
+            assert time.monotonic() < deadline, f"not within {WAIT_S} s: {what}\n{self.output()}"
+            time.sleep(0.05)
+
+    def wait(self) -> dict[str, int]:
+        """Wait until all commands have ended; gives their codes."""
+        try:
+            return {host: each.wait(WAIT_S) for host, each in self.processes.items()}
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(self.output()) from error
+
+    def output(self, host: str | None = None) -> str:
+        """What the commands of a host, or of all, have written."""
+        paths = sorted(self.records.parent.glob(f"{host or '*'}.log"))
+        return "\n".join(f"--- {path.stem}\n{path.read_text()}" for path in paths)
+
+    def signal_ranks(self, host: str, number: signal.Signals) -> None:
+        """Send a signal to a host's ranks, not to who has started them."""
+        assert self.hosts is not None
+        for process in self.hosts.processes(host, "launch.train"):
+            if "torch.distributed.run" not in process.cmdline() and process.name() != "nsenter":
+                process.send_signal(number)
