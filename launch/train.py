@@ -5,6 +5,7 @@ from omegaconf import DictConfig
 
 from launch import cluster, ranks, runtime
 from launch.acceptance import accepted
+from launch.completion import refuse_indivisible
 from launch.initial_weights import load_initial_weights
 from launch.meeting import meet
 from launch.run_directory import RunDirectory
@@ -16,6 +17,7 @@ def train(config: DictConfig) -> int:
     """Train the run that the configuration names, or continue it."""
     runtime.refuse_unknown_keys(config, "train")
     cluster.adopt(config)
+    refuse_indivisible(config)
     if ranks.are_of_nodes(config):
         return ranks.start_on_node(directory_of(config), config)
     run, num_ranks = directory_of(config), cluster.count_ranks(config)
