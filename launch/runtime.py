@@ -86,22 +86,21 @@ def stop_by_exception() -> None:
     def stop(number: int, frame: object) -> None:
         raise StoppedError(signal.Signals(number).name)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, stop)
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Let SIGTERM and SIGUSR1 wait for nothing: what goes on is what they would ask for.
+    """Let requests to stop wait for nothing: what goes on is what they would ask for.
 
     Ctrl-C still ends it. Other threads than the main one get no signals anyway.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {
-        each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGTERM, signal.SIGUSR1)
-    }
+    requests = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {each: signal.signal(each, signal.SIG_IGN) for each in requests}
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -25,7 +25,8 @@ LIBRARIES = (f"{os.sep}site-packages{os.sep}", os.path.dirname(threading.__file_
 
 Record = dict[str, Any]
 """What a rank tells of itself: `beat` (how often it has), `position` (how far it is; lists compare
-between ranks), `step`, `doing`, `place` in the code, `is_waiting` in a collective."""
+between ranks), `step`, `doing`, `place` in the code, `is_waiting` in a collective; `host` where
+there are several."""
 
 
 class Heartbeats:
@@ -73,9 +74,13 @@ class Heartbeats:
         silent = [rank for rank in others if before.get(rank) == after.get(rank)]
         return after, silent
 
-    def _read(self, store: Store) -> dict[int, Record]:
-        ranks = [rank for rank in range(self.num_ranks) if store.check([str(rank)])]
-        return {rank: json.loads(store.get(str(rank))) for rank in ranks}
+    def name_of(self, rank: int) -> str:
+        """A rank's name for people, as `name_rank`."""
+        return name_rank(rank, (self._ask(lambda store: self._read(store, [rank])) or {}).get(rank))
+
+    def _read(self, store: Store, ranks: Iterable[int] | None = None) -> dict[int, Record]:
+        there = [rank for rank in ranks or range(self.num_ranks) if store.check([str(rank)])]
+        return {rank: json.loads(store.get(str(rank))) for rank in there}
 
     def _ask(self, question: Callable[[Store], Any]) -> Any:
         """Ask the store; None where it does not answer, or there is none."""
@@ -95,6 +100,12 @@ class Heartbeats:
         return answers[0] if answers else None
 
 
+def name_rank(rank: int, record: Record | None) -> str:
+    """Name a rank, with its host where there are several and it has said which is its own."""
+    host = record and record["host"]
+    return f"rank {rank} on {host}" if host else f"rank {rank}"
+
+
 def blame(records: dict[int, Record], silent: list[int]) -> str:
     """Say which rank the others wait for and where it stands: a silent one, or the furthest behind.
 
@@ -106,13 +117,15 @@ def blame(records: dict[int, Record], silent: list[int]) -> str:
         last = records.get(rank)
         since = f"step {last['step']} ({last['doing']})" if last else "the start"
         return (
-            f"rank {rank} has not been heard of since {since}: it was killed (the usual reason is "
+            f"{name_rank(rank, last)} has not been heard of since {since}: it was killed (the usual reason is "
             f"memory), it is frozen, or its machine is gone"
         )
     lowest = min(map(_furthest_behind, records.values()))
     behind = [rank for rank, record in records.items() if _furthest_behind(record) == lowest]
-    one = len(behind) == 1
-    who = f"rank {behind[0]} has" if one else f"ranks {', '.join(map(str, behind))} have all"
+    names = [name_rank(rank, records[rank]) for rank in behind]
+    who = f"{names[0]} has"
+    if len(behind) > 1:
+        who = f"ranks {', '.join(name.removeprefix('rank ') for name in names)} have all"
     last = records[behind[0]]
     return f"{who} made no progress since step {last['step']}, {last['doing']} ({last['place']})"
 

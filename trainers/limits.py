@@ -7,6 +7,7 @@ import torch
 
 from trainers.activation_checkpointing import ActivationCheckpointing
 from trainers.callbacks.step_guard import ACTIONS
+from trainers.spot_notices import LOOKS
 
 PRECISIONS = ("fp32", "bf16", "fp16", "auto")
 ACCELERATORS = ("auto", "cpu", "cuda")
@@ -144,4 +145,19 @@ def _failures(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-CHECKS: tuple[Check, ...] = (_choices, _devices, _counts, _run_name, _clip, _failures)
+def _stops(config: Mapping[str, Any]) -> str | None:
+    cluster = config["cluster"]
+    for name, never in (("budget_minutes", ", or null for none"), ("notice_every_s", "")):
+        value = cluster.get(name, 1)  # runs of earlier versions lack both
+        if not (isinstance(value, int | float) and value > 0) and not (never and value is None):
+            return f"cluster.{name}={value} -> it is a number -> use more than 0{never}"
+    notice = cluster.get("notice")
+    if notice and notice not in LOOKS and not notice.startswith(("http://", "https://")):
+        return (
+            f"cluster.notice={notice} -> neither a cloud nor a url -> use one of "
+            f"{', '.join(LOOKS)}, or a url that begins with http:// or https://"
+        )
+    return None
+
+
+CHECKS: tuple[Check, ...] = (_choices, _devices, _counts, _run_name, _clip, _failures, _stops)

@@ -84,6 +84,7 @@ def test_question_of_one_callback_is_answered_at_the_end_of_a_step():
 
 def record(position, is_waiting=False, **others):
     facts = {"beat": 1, "step": 3, "doing": "backward pass", "place": "own.py:1 in f"}
+    facts["host"] = None
     return facts | {"position": position, "is_waiting": is_waiting} | others
 
 
@@ -96,6 +97,11 @@ def test_rank_that_others_wait_for_is_blamed():
     # Equally far: those that wait in a collective wait for the one that does not.
     assert blame({0: ahead, 1: ahead, 2: record([3, 2])}, []).startswith("rank 2 has")
     assert blame({0: ahead, 1: ahead}, []).startswith("ranks 0, 1 have all made no progress")
+    # Of several hosts, each rank's own is named.
+    assert blame({0: ahead, 1: behind | {"host": "node2"}}, []).startswith("rank 1 on node2 has")
+    hosts = {rank: record([1, 0], host=f"node{rank}") for rank in range(2)}
+    assert blame(hosts, []).startswith("ranks 0 on node0, 1 on node1 have all made no progress")
+    assert blame(hosts, [1]).startswith("rank 1 on node1 has not been heard of since step 3")
     # A later micro-batch is further, however little has been done of it.
     assert blame({0: record([4, 0]), 1: behind}, []).startswith("rank 1 has")
 
@@ -143,7 +149,7 @@ def test_watchdog_ends_what_gets_nowhere_and_nothing_else(monkeypatch, capsys):
     monkeypatch.setattr(watchdog.os, "_exit", leave)
     monkeypatch.setattr(watchdog, "BEAT_S", 0.05)
     dog = watchdog.Watchdog(timeout_s=0.4, report=lambda *report: reports.append(report))
-    trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=6)
+    trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=6, num_nodes=1)
     dog.setup(trainer, None, "fit")
     for micro_batch in range(8):
         dog.on_train_batch_start(trainer, None, None, micro_batch)

@@ -6,6 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from socket import gethostname
 from types import FrameType
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from trainers.callbacks.preemption import PreemptedError
-from trainers.heartbeats import Heartbeats, Record, blame, locate
+from trainers.heartbeats import Heartbeats, Record, blame, locate, name_rank
 
 BEAT_S = 1.0
 """Seconds between two signs of life of a rank, and between two looks at the time."""
@@ -49,6 +50,7 @@ class Watchdog(Callback):
         self._marked_at = time.monotonic()
         self._has_ended = threading.Event()
         self._beats = Heartbeats(rank=0, num_ranks=1)  # until there is a process group
+        self._host: str | None = None
 
     # -- progress of the main thread ------------------------------------------------------------
 
@@ -62,6 +64,7 @@ class Watchdog(Callback):
         if stage != "fit":
             return
         self._beats = Heartbeats(trainer.global_rank, trainer.world_size)
+        self._host = gethostname() if trainer.num_nodes > 1 else None
         self._mark("starting")
         self._has_ended.clear()
         main_thread = threading.get_ident()
@@ -116,6 +119,10 @@ class Watchdog(Callback):
         """A checkpoint is about to be written."""
         self._mark("saving")
 
+    def name_of(self, rank: int) -> str:
+        """A rank's name for people: with its host, where there are several."""
+        return self._beats.name_of(rank)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop watching."""
         self._has_ended.set()
@@ -133,7 +140,7 @@ class Watchdog(Callback):
             reason = str(error)
             if not isinstance(error, FloatingPointError):  # which all ranks find together
                 reason = f"{type(error).__name__}: {reason}"
-                reason = f"rank {trainer.global_rank} failed at step {self._step}: {reason}"
+                reason = f"{self._own_name} failed at step {self._step}: {reason}"
             if self._beats.tell(reason) and trainer.global_rank > 0:  # rank 0 writes its own
                 self.report(reason, self._step)
         elif reason := self._find_cause(is_late="timed out" in str(error).lower()):
@@ -173,7 +180,12 @@ class Watchdog(Callback):
             "doing": self._doing,
             "place": place,
             "is_waiting": is_waiting,
+            "host": self._host,
         }
+
+    @property
+    def _own_name(self) -> str:
+        return name_rank(self._beats.rank, {"host": self._host})
 
     def _give_up(self, frame: FrameType | None) -> None:
         """End this process, after telling why: as another rank has told, or as it looks."""
@@ -190,7 +202,7 @@ class Watchdog(Callback):
                 f"than that -> look there, or allow more seconds"
             )
             self._beats.tell(reason)
-        print(f"error: {reason}\nRank {self._beats.rank} stands at:", file=sys.stderr)
+        print(f"error: {reason}\n{self._own_name} stands at:", file=sys.stderr)
         traceback.print_stack(frame)
         self.report(reason, self._step)
         for stream in filter(None, (sys.stdout, sys.stderr)):  # None where output goes nowhere
