@@ -17,7 +17,7 @@ def main() -> int:
     run = RunDirectory(Path(sys.argv[1]))
     try:
         with run.noting_failed_start():
-            return code_for_starter(fit(run, run.config))
+            return code_for_starter(fit(run, run.config), fewest_nodes=1)
     except StoppedError:
         return runtime.PREEMPTED
     except Exception as error:

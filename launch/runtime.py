@@ -25,6 +25,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from launch.run_directory import StoppedError
 
 DONE, FAILED, PREEMPTED = 0, 1, 75
+LEFT_BEHIND = 76  # between functions only: preempted, since ranks of other nodes were
 _TOGETHER = (
     "parts that go together: module=gpt with datamodule=text, module=encoder_decoder with "
     "datamodule=pairs or denoising, module=gan with datamodule=images"

@@ -18,6 +18,7 @@ def train(config: DictConfig) -> int:
     runtime.refuse_unknown_keys(config, "train")
     cluster.adopt(config)
     refuse_indivisible(config)
+    fewest_nodes, _ = cluster.node_range(config)
     if ranks.are_of_nodes(config):
         return ranks.start_on_node(directory_of(config), config)
     run, num_ranks = directory_of(config), cluster.count_ranks(config)
@@ -26,7 +27,7 @@ def train(config: DictConfig) -> int:
             return runtime.DONE
         if num_ranks > 1 and not cluster.is_rank():
             return ranks.start(run, num_ranks, config.cluster.max_restarts)
-        return cluster.code_for_starter(fit(run, config))
+        return cluster.code_for_starter(fit(run, config), fewest_nodes)
 
 
 def fit(run: RunDirectory, config: DictConfig) -> int:
@@ -65,7 +66,7 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
             trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
         except PreemptedError as reason:
             end("preempted", f"{reason}; the same command continues at step {trainer.global_step}")
-            return runtime.PREEMPTED
+            return runtime.LEFT_BEHIND if reason.is_left_behind else runtime.PREEMPTED
         if trainer.is_global_zero:
             run.write_summary(summarize(run, trainer))
             print_summary(run)

@@ -1,13 +1,15 @@
 """One run over several hosts, started on each of them as a user would."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from launch.run_directory import RunDirectory
 from tests.cluster.hosts import Hosts
@@ -56,23 +58,28 @@ class ElasticRun:
         options = [f"--nnodes={nodes}", "--nproc-per-node=1", f"--max-restarts={max_restarts}"]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *rendezvous]
         command = [*torchrun, f"--rdzv-conf={QUICK}", "-m", "launch.train"]
-        self.start(host, *command, *self.overrides, *overrides)
+        fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as docs/launching.md says
+        self.start(host, *command, *self.overrides, *overrides, env=fresh)
 
     @property
     def command(self) -> list[str]:
         """Our own command."""
         return [sys.executable, "-m", "launch.train", *self.overrides]
 
-    def start(self, host: str, *command: str) -> None:
-        """Start a command on a host; without hosts, here."""
+    def start(self, host: str, *command: str, **options: Any) -> None:
+        """Start a command on a host; without hosts, here.
+
+        Args:
+            host: Its name.
+            *command: And its arguments.
+            **options: Of `subprocess.Popen`; variables of `env` are added to those of here.
+        """
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        environment = os.environ | {"PYTHONPATH": path} | (fresh if "torch.distributed.run" in command else {})
+        environment = os.environ | {"PYTHONPATH": path} | options.pop("env", {})
         run = partial(self.hosts.run, host) if self.hosts else subprocess.Popen
         with (self.records.parent / f"{host}.log").open("a") as log:
-            self.processes[host] = run(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True
-            )
+            streams = {"stdout": log, "stderr": subprocess.STDOUT, "text": True}
+            self.processes[host] = run(command, env=environment, **streams, **options)
 
     def pace(self, pause_s: float) -> None:
         """Add a pause to each micro-batch from now on."""
@@ -105,9 +112,17 @@ class ElasticRun:
         paths = sorted(self.records.parent.glob(f"{host or '*'}.log"))
         return "\n".join(f"--- {path.stem}\n{path.read_text()}" for path in paths)
 
-    def signal_ranks(self, host: str, number: signal.Signals) -> None:
-        """Send a signal to a host's ranks, not to who has started them."""
+    def ranks(self, host: str) -> list[psutil.Process]:
+        """The ranks of a host, without what has started them."""
+        if self.hosts is None:
+            found = psutil.Process(self.processes[host].pid).children(recursive=True)
+            return [each for each in found if "launch.rank" in each.cmdline()]
+        found = self.hosts.processes(host, "launch.train")
+        return [each for each in found if "-u" in each.cmdline() or "-P" in each.cmdline()]
+
+    def starter(self, host: str) -> psutil.Process:
+        """What has started the ranks of a host."""
         assert self.hosts is not None
-        for process in self.hosts.processes(host, "launch.train"):
-            if "torch.distributed.run" not in process.cmdline() and process.name() != "nsenter":
-                process.send_signal(number)
+        ranks = {each.pid for each in self.ranks(host)}
+        found = self.hosts.processes(host, "launch.train")
+        return next(each for each in found if each.pid not in ranks)

@@ -48,7 +48,9 @@ class Hosts:
 
     def __enter__(self) -> "Hosts":
         self.folder.mkdir(parents=True, exist_ok=True)
-        lines = ["127.0.0.1 localhost", *(f"{self.address(name)} {name}" for name in self.names)]
+        lines = ["127.0.0.1 localhost"]
+        for name in self.names:  # also as sockets that speak IPv6, too, are told of it
+            lines += [f"{prefix}{self.address(name)} {name}" for prefix in ("", "::ffff:")]
         (self.folder / "hosts").write_text("\n".join(lines) + "\n")
         try:
             ip("link", "add", self._network, "type", "bridge")
