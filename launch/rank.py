@@ -5,6 +5,7 @@ from pathlib import Path
 
 from launch import runtime
 from launch.cluster import code_for_starter
+from launch.deafness import end_if_deaf
 from launch.ranks import die_with_parent
 from launch.run_directory import RunDirectory, StoppedError
 from launch.train import fit
@@ -15,6 +16,7 @@ def main() -> int:
     die_with_parent()
     runtime.stop_by_exception()
     run = RunDirectory(Path(sys.argv[1]))
+    end_if_deaf(run)
     try:
         with run.noting_failed_start():
             return code_for_starter(fit(run, run.config), fewest_nodes=1)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from launch.cluster import is_rank, node_range
 from launch.run_directory import RunDirectory
-from launch.runtime import DONE, FAILED, PREEMPTED
+from launch.runtime import DONE, FAILED, LAUNCHED_AT, PREEMPTED, launched_at
 
 KILLED_BY = {
     "SIGKILL": ": somebody killed it, or the machine was out of memory, which is the usual reason "
@@ -110,7 +110,7 @@ def _run_agent(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    before = dict(os.environ)
+    before, status = dict(os.environ), run.status
     os.environ |= environment
     try:
         agent = LaunchConfig(
@@ -124,7 +124,7 @@ def _run_agent(
         return _code_after_signal(run, str(error))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        return _code_after_failure(run, rank, failure.exitcode)
+        return _code_after_failure(run, status, rank, failure.exitcode)
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -141,13 +141,18 @@ def _rank_environment(num_ranks: int) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         # Seconds to finish a step and save in after a signal; torch 2.11 knows 30 only.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+        LAUNCHED_AT: str(launched_at()),
     }
 
 
-def _code_after_failure(run: RunDirectory, rank: int, exitcode: int) -> int:
+def _code_after_failure(
+    run: RunDirectory, before: dict[str, Any], rank: int, exitcode: int
+) -> int:
     """Say which rank ended the run and why; the others fail after it, with less to tell."""
     if exitcode == PREEMPTED:
         return PREEMPTED
+    if exitcode > 0 and run.status == before and before.get("state") != "starting":
+        return FAILED  # refused before they had touched the run, and they have said why
     logs = (run.path / "logs").glob(f"*/attempt_*/{rank}/stderr.log")
     log = max(logs, key=os.path.getmtime, default=None) if rank else None
     status = run.status

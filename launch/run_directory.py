@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -72,12 +73,24 @@ class RunDirectory:
 
     @contextmanager
     def noting_failed_start(self) -> Iterator[None]:
-        """Write down, as rank zero, why a run ends before there is a trainer."""
+        """Write down why a run ends before there is a trainer.
+
+        What all ranks run into is rank 0's to say; what one of the others does, that rank's.
+        """
         try:
             yield
+        except StoppedError as error:
+            if self._is_first and self.status.get("state") == "starting":
+                self.write_status("preempted", f"{error} before the first step")
+            raise
         except Exception as error:
-            if os.environ.get("RANK", "0") == "0" and self.status.get("state") == "starting":
-                self.write_failure(str(error.__cause__ or error), 0)
+            status, reason = self.status, str(error.__cause__ or error)
+            is_starting = status.get("state") == "starting"
+            if self._is_first and (is_starting or status.get("reason", "").endswith(reason)):
+                self.write_failure(reason, 0)
+            elif not self._is_first and (is_starting or status.get("state") == "running"):
+                name = f"rank {os.environ['RANK']} on {gethostname()}"
+                self.write_failure(f"{name} failed: {reason}", 0)
             raise
 
     @contextmanager
@@ -90,7 +103,7 @@ class RunDirectory:
         def write(state: str, reason: str = "") -> None:
             if trainer.is_global_zero:
                 self.write_status(state, reason, step=trainer.global_step)
-                if state in ("running", "preempted"):
+                if state == "running":  # how it ends is the command's last line
                     print(f"run {self.path.name}: {state}: {reason}", flush=True)
 
         begins = self._describe_start(trainer.strategy.checkpoint_io.drops_optimizer)
@@ -113,6 +126,10 @@ class RunDirectory:
         saved, ranks = manifest.get("strategy"), manifest.get("world_size")
         without = ", without its optimizer state" if drops_optimizer else ""
         return f"continues from {path.name} (saved by {saved} on {ranks} rank(s)){without}"
+
+    @property
+    def _is_first(self) -> bool:
+        return os.environ.get("RANK", "0") == "0"
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Keep what a finished run reports."""

@@ -3,7 +3,7 @@
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from launch import cluster, ranks, runtime
+from launch import cluster, deafness, last_line, rank_logs, ranks, runtime
 from launch.acceptance import accepted
 from launch.completion import refuse_indivisible
 from launch.initial_weights import load_initial_weights
@@ -22,11 +22,14 @@ def train(config: DictConfig) -> int:
     if ranks.are_of_nodes(config):
         return ranks.start_on_node(directory_of(config), config)
     run, num_ranks = directory_of(config), cluster.count_ranks(config)
+    if cluster.is_rank():
+        deafness.end_if_deaf(run)
     with meet(config, num_ranks) as meeting, accepted(run, config, meeting) as is_done:
         if is_done:
             return runtime.DONE
         if num_ranks > 1 and not cluster.is_rank():
             return ranks.start(run, num_ranks, config.cluster.max_restarts)
+        rank_logs.redirect(run)
         return cluster.code_for_starter(fit(run, config), fewest_nodes)
 
 
@@ -59,6 +62,8 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
         callbacks=list(instantiate(config.trainer.callbacks, _convert_="all").values()),
         profiler=instantiate(config.trainer.profiler, _convert_="all"),
         report=run.write_failure,
+        last_words=lambda reason: last_line.say(run, "failed", reason),
+        launched_at=runtime.launched_at(),
         on_commit=home.on_commit,
     )
     with home.uploading(), run.status_of(trainer) as end:
@@ -74,7 +79,7 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
     return runtime.DONE
 
 
-main = runtime.verb("train")(train)
+main = runtime.verb("train", last_line.say_end)(train)
 
 if __name__ == "__main__":
     main()

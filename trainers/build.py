@@ -48,6 +48,7 @@ def build_trainer(
     callbacks: list[Callback],
     profiler: Profiler | None,
     report: Report = lambda reason, step: None,
+    last_words: Callable[[str], None] = lambda reason: None,
     drops_optimizer: bool = False,
     on_commit: Callable[[Path], None] | None = None,
     launched_at: float | None = None,
@@ -68,6 +69,7 @@ def build_trainer(
         callbacks: The user's own, run before ours.
         profiler: A Lightning profiler, or None.
         report: Is told why the run fails, by the rank that knows it.
+        last_words: Is told why where the process then ends at once.
         drops_optimizer: Whether to continue without the optimizer state of the checkpoint.
         on_commit: Is called on rank 0 with each new checkpoint, in a thread.
         launched_at: Time of the clock from which on the budget counts; None for now.
@@ -84,7 +86,7 @@ def build_trainer(
         del saves[f"{name}_images"]
     val_every = in_steps(options, "val_every", plan["batch_samples"])
     guard, vote, own_work = StepGuard(**options["guard"]), StepVote(), OwnWork()
-    watchdog = Watchdog(timeout_s=options["timeout_s"], report=report)
+    watchdog = Watchdog(timeout_s=options["timeout_s"], report=report, last_words=last_words)
     metrics = StepMetrics(
         log_every_steps=options["log_every_steps"],
         batch_samples=plan["batch_samples"],

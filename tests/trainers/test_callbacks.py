@@ -148,7 +148,10 @@ def test_watchdog_ends_what_gets_nowhere_and_nothing_else(monkeypatch, capsys):
 
     monkeypatch.setattr(watchdog.os, "_exit", leave)
     monkeypatch.setattr(watchdog, "BEAT_S", 0.05)
-    dog = watchdog.Watchdog(timeout_s=0.4, report=lambda *report: reports.append(report))
+    said = []
+    dog = watchdog.Watchdog(
+        timeout_s=0.4, report=lambda *report: reports.append(report), last_words=said.append
+    )
     trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=6, num_nodes=1)
     dog.setup(trainer, None, "fit")
     for micro_batch in range(8):
@@ -158,6 +161,7 @@ def test_watchdog_ends_what_gets_nowhere_and_nothing_else(monkeypatch, capsys):
     assert ended.wait(timeout=10)
     ((reason, step),) = reports
     assert step == 7
+    assert said == [reason]
     assert "rank 0 has made no progress since step 7, forward pass (" in reason
     assert "test_callbacks.py:" in reason  # where this thread waits
     assert f"error: {reason}" in capsys.readouterr().err
@@ -168,7 +172,7 @@ def three_dogs(three_ranks):
     """Watchdogs of three ranks that have begun; each keeps what it reports in `reports`."""
     dogs = []
     for beats in three_ranks:
-        dog = watchdog.Watchdog(timeout_s=100, report=None)
+        dog = watchdog.Watchdog(timeout_s=100, report=None, last_words=None)
         dog.reports = []
         dog.report = lambda reason, step, reports=dog.reports: reports.append(reason)
         dog._beats, dog.trainer = beats, SimpleNamespace(global_rank=beats.rank, global_step=4)

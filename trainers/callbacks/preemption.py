@@ -79,8 +79,10 @@ class Preemption(Callback):
         """Install the handlers; here, because Lightning installs its own before.
 
         Lightning's way of agreeing on a signal, a broadcast and a wait for the device before every
-        micro-batch, is then of no use.
+        micro-batch, is then of no use. Whoever was to hear of signals besides (`launch.deafness`)
+        does so no more: from here on they wait for the end of a step.
         """
+        signal.set_wakeup_fd(-1)
         signals = trainer._signal_connector
         if signals.received_sigterm:
             self.signal_name, signals.received_sigterm = "SIGTERM", False

@@ -40,10 +40,11 @@ class Watchdog(Callback):
         timeout_s: Seconds that training may take from one sign of progress (a forward pass, a
             backward pass, a step, a validation batch, a save) to the next.
         report: Is told why the run ends, by the rank that knows.
+        last_words: Is told why this process is about to end, where nothing else can.
     """
 
-    def __init__(self, *, timeout_s: float, report: Report):
-        self.timeout_s, self.report = timeout_s, report
+    def __init__(self, *, timeout_s: float, report: Report, last_words: Callable[[str], None]):
+        self.timeout_s, self.report, self.last_words = timeout_s, report, last_words
         self._step, self._num_beats = 0, 0
         self._position = [0, 0]  # micro-batch, and signs of progress since it began
         self._doing = "starting"
@@ -205,6 +206,7 @@ class Watchdog(Callback):
         print(f"error: {reason}\n{self._own_name} stands at:", file=sys.stderr)
         traceback.print_stack(frame)
         self.report(reason, self._step)
+        self.last_words(reason)
         for stream in filter(None, (sys.stdout, sys.stderr)):  # None where output goes nowhere
             stream.flush()
         os._exit(1)
