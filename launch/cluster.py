@@ -98,7 +98,7 @@ def node_range(config: DictConfig) -> tuple[int, int]:
     return fewest, most
 
 
-def code_for_starter(code: int, fewest_nodes: int) -> int:
+def code_for_starter(code: int, fewest_nodes: int = 1) -> int:
     """The exit code by which a rank tells who has started it.
 
     torchrun starts ranks again that end with any code but 0, and what was preempted is not to be,

@@ -19,7 +19,7 @@ def main() -> int:
     end_if_deaf(run)
     try:
         with run.noting_failed_start():
-            return code_for_starter(fit(run, run.config), fewest_nodes=1)
+            return code_for_starter(fit(run, run.config))
     except StoppedError:
         return runtime.PREEMPTED
     except Exception as error:

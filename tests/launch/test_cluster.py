@@ -142,8 +142,8 @@ def test_nodes_that_are_no_range_are_refused(config, nodes):
 )
 def test_preempted_rank_ends_as_its_starter_understands(environment, who, rank, code):
     environment |= who | {"RANK": rank, "WORLD_SIZE": "2"}
-    assert cluster.code_for_starter(runtime.PREEMPTED, fewest_nodes=1) == code
-    assert cluster.code_for_starter(runtime.FAILED, fewest_nodes=1) == runtime.FAILED
+    assert cluster.code_for_starter(runtime.PREEMPTED) == code
+    assert cluster.code_for_starter(runtime.FAILED) == runtime.FAILED
 
 
 @pytest.mark.parametrize(
