@@ -39,6 +39,7 @@ class Heartbeats:
 
     def __init__(self, rank: int, num_ranks: int):
         self.rank, self.num_ranks = rank, num_ranks
+        self._first: dict[int, Record] = {}  # of rank 0, as it was last read
         self._store: Store | None = None
         if num_ranks > 1:
             # A connection of its own: the main thread may wait on the other, holding its lock.
@@ -47,8 +48,10 @@ class Heartbeats:
             self._store = PrefixStore("heartbeats", store)
 
     def publish(self, record: Record) -> None:
-        """Give a sign of life."""
+        """Give a sign of life, and look at that of rank 0."""
         self._ask(lambda store: store.set(str(self.rank), json.dumps(record)))
+        if self.rank:
+            self._first = self._ask(lambda store: self._read(store, [0])) or self._first
 
     def tell(self, reason: str) -> bool:
         """Leave the reason for which the run fails; gives whether nobody was faster."""
@@ -67,9 +70,11 @@ class Heartbeats:
         """
         if self._store is None:
             return {}, []
-        before = self._ask(self._read) or {}
+        before = self._ask(self._read)
         time.sleep(SILENCE_S)
-        after = self._ask(self._read) or {}
+        after = self._ask(self._read)
+        if before is None or after is None:  # the store is gone, and rank 0, whose it was, with it
+            return self._first, [0] if self.rank else []
         others = (rank for rank in range(self.num_ranks) if rank != self.rank)
         silent = [rank for rank in others if before.get(rank) == after.get(rank)]
         return after, silent

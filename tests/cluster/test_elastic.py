@@ -45,10 +45,12 @@ def test_killed_rank_of_our_own_command_is_started_anew(tmp_path, small_settings
     run.pace(0.3)
     run.start("here", *run.command, "trainer.devices=2", "cluster.max_restarts=1")
     run.wait_until(lambda: run.step >= 7, "step 7")
-    run.ranks("here")[1].kill()
+    run.ranks("here")[0].kill()
     come_to(run, 2, 2)
     run.pace(0)
     assert run.wait() == {"here": 0}, run.output()
+    logs = [path.read_text() for path in run.directory.path.glob("logs/*/attempt_0/1/stderr.log")]
+    assert "rank 0 has not been heard of since step" in "".join(logs)
     assert_same_run(run, undisturbed, bits=True)
 
 
@@ -62,6 +64,7 @@ def test_killed_rank_of_torchrun_is_started_anew_with_all_others(run, undisturbe
     come_to(run, 2, 2)
     run.pace(0)
     assert run.wait() == {"host1": 0, "host2": 0}, run.output()
+    assert "rank 1 on host2 has not been heard of since step" in run.output("host1")
     assert_same_run(run, undisturbed, bits=True)
 
 

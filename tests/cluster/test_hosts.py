@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 
 import pytest
 
@@ -10,6 +11,7 @@ from launch import runtime
 from launch.start_facts import OURS
 from tests.cluster.elastic_runs import ROOT
 from tests.cluster.recording import world_sizes
+from trainers.checkpoint import verify
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.timeout(600)]
 MEET = ["cluster.nodes=2", "cluster.rendezvous=host1:29500"]
@@ -56,6 +58,28 @@ def test_host_that_stays_alone_says_how_many_are_missing(run):
     said = run.output("host1")
     assert "error: cluster.rendezvous=host1:29500 -> fewer than cluster.nodes=2 have met" in said
     assert "Traceback" not in said
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk that hosts share, with room for a few checkpoints; to be made before the hosts."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_shared_disk_without_room_ends_the_run_on_all_hosts(small_disk, run):
+    for host in ("host1", "host2"):
+        keeps = ["checkpoints.every_steps=1", "checkpoints.keep_last=100"]
+        run.start(host, *run.command, *MEET, *keeps)
+    assert set(run.wait().values()) == {runtime.FAILED}
+    status = run.directory.status
+    assert status["state"] == "failed"
+    assert "No space left on device" in status["reason"]
+    assert "-> make room" in status["reason"]
+    assert verify(run.directory.find_checkpoint("last"))["step"] >= 1
 
 
 def test_run_that_was_stopped_is_not_started_again_by_torchrun(run):

@@ -131,6 +131,17 @@ def test_ranks_without_a_sign_of_life_are_found(three_ranks):
     again.join()
 
 
+def test_rank_zero_is_blamed_when_the_store_is_gone_with_it(three_ranks):
+    for beats in three_ranks:
+        beats.publish(record([1, 0]))
+
+    def refuse(keys):
+        raise RuntimeError("Connection reset by peer")
+
+    three_ranks[1]._store = SimpleNamespace(check=refuse)
+    assert three_ranks[1].listen() == ({0: record([1, 0])}, [0])
+
+
 def test_first_reason_stays(three_ranks):
     assert three_ranks[0].told() is None
     assert three_ranks[1].tell("rank 1 has had enough")
