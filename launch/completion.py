@@ -18,12 +18,14 @@ def refuse_indivisible(config: DictConfig) -> None:
     from trainers.batch_plan import plan_run
 
     fewest, most = node_range(config)
-    devices = int(os.environ.get("LOCAL_WORLD_SIZE", config.trainer.devices))
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE") or config.trainer.devices)
     for nodes in range(fewest, most + 1) if fewest < most else ():
         try:
             plan_run(config, world_size=nodes * devices)
         except ValueError as error:
-            raise ValueError(f"cluster.nodes={fewest}:{most} may become {nodes}: {error}") from error
+            raise ValueError(
+                f"cluster.nodes={fewest}:{most} may become {nodes}: {error}"
+            ) from error
 
 
 def complete(config: DictConfig, num_ranks: int) -> None:

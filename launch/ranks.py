@@ -145,9 +145,7 @@ def _rank_environment(num_ranks: int) -> dict[str, str]:
     }
 
 
-def _code_after_failure(
-    run: RunDirectory, before: dict[str, Any], rank: int, exitcode: int
-) -> int:
+def _code_after_failure(run: RunDirectory, before: dict[str, Any], rank: int, exitcode: int) -> int:
     """Say which rank ended the run and why; the others fail after it, with less to tell."""
     if exitcode == PREEMPTED:
         return PREEMPTED

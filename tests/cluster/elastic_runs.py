@@ -91,7 +91,7 @@ class ElasticRun:
     def step(self) -> int:
         """The last one that was logged."""
         rows = read_metrics(self.directory.path / "metrics.jsonl")
-        return rows[-1]["step"] if rows else 0
+        return int(rows[-1]["step"]) if rows else 0
 
     def wait_until(self, is_so: Callable[[], bool], what: str) -> None:
         """Wait for something that the run does."""

@@ -35,7 +35,9 @@ class Recording(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Write down the rows of a micro-batch before it is trained on."""
-        rows = [blake2b(row.numpy().tobytes(), digest_size=8).hexdigest() for row in batch["inputs"]]
+        rows = [
+            blake2b(row.numpy().tobytes(), digest_size=8).hexdigest() for row in batch["inputs"]
+        ]
         line = json.dumps({**self.facts, "step": trainer.global_step + 1, "rows": rows}) + "\n"
         with self.file.open("a") as file:  # in one write: whoever is killed leaves whole lines
             file.write(line)

@@ -30,7 +30,9 @@ def assert_same_run(run, other, *, bits):
     assert samples_of(run.records) == samples_of(other.records)
     assert losses(run) == (losses(other) if bits else pytest.approx(losses(other), abs=1e-5))
     if bits:
-        mine, theirs = (load_weights(each.directory.find_checkpoint("last")) for each in (run, other))
+        mine, theirs = (
+            load_weights(each.directory.find_checkpoint("last")) for each in (run, other)
+        )
         assert mine.keys() == theirs.keys()
         assert all(mine[name].equal(theirs[name]) for name in mine)
 

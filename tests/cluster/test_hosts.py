@@ -33,7 +33,9 @@ def test_host_with_other_code_packages_and_overrides_is_named(run, tmp_path):
         said = run.output(host)
         assert "error: host2 (rank 1) -> tokenizers=0.1 where rank 0 on host1 has " in said
         assert ", code=" in said
-        assert ", module.optimizer.lr=0.07 where rank 0 on host1 has 0.05 -> give every rank" in said
+        assert (
+            ", module.optimizer.lr=0.07 where rank 0 on host1 has 0.05 -> give every rank" in said
+        )
     assert world_sizes(run.records) == []
 
 
