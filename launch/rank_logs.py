@@ -3,6 +3,8 @@
 import os
 import sys
 import time
+from io import TextIOWrapper
+from typing import cast
 
 from launch.cluster import host, is_first, is_rank, starter
 from launch.run_directory import RunDirectory
@@ -28,9 +30,10 @@ def redirect(run: RunDirectory) -> None:
         began = time.strftime("%Y-%m-%d %H:%M:%S")
         file.write(f"-- {began} process {os.getpid()} on {host()}\n".encode())
         file.flush()
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file.fileno(), stream.fileno())
-            stream.reconfigure(line_buffering=True)  # a rank that is killed has said so much
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    # Not in blocks, as into other files: a rank that is killed has said so much.
+    cast(TextIOWrapper, sys.stdout).reconfigure(line_buffering=True)
 
 
 def launch_name() -> str:

@@ -77,20 +77,20 @@ class RunDirectory:
 
         What all ranks run into is rank 0's to say; what one of the others does, that rank's.
         """
+        rank = os.environ.get("RANK", "0")
         try:
             yield
         except StoppedError as error:
-            if self._is_first and self.status.get("state") == "starting":
+            if rank == "0" and self.status.get("state") == "starting":
                 self.write_status("preempted", f"{error} before the first step")
             raise
         except Exception as error:
             status, reason = self.status, str(error.__cause__ or error)
-            is_starting = status.get("state") == "starting"
-            if self._is_first and (is_starting or status.get("reason", "").endswith(reason)):
+            state = status.get("state")
+            if rank != "0" and state in ("starting", "running"):
+                self.write_failure(f"rank {rank} on {gethostname()} failed: {reason}", 0)
+            if rank == "0" and (state == "starting" or status.get("reason", "").endswith(reason)):
                 self.write_failure(reason, 0)
-            elif not self._is_first and (is_starting or status.get("state") == "running"):
-                name = f"rank {os.environ['RANK']} on {gethostname()}"
-                self.write_failure(f"{name} failed: {reason}", 0)
             raise
 
     @contextmanager
@@ -126,10 +126,6 @@ class RunDirectory:
         saved, ranks = manifest.get("strategy"), manifest.get("world_size")
         without = ", without its optimizer state" if drops_optimizer else ""
         return f"continues from {path.name} (saved by {saved} on {ranks} rank(s)){without}"
-
-    @property
-    def _is_first(self) -> bool:
-        return os.environ.get("RANK", "0") == "0"
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Keep what a finished run reports."""

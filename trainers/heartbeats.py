@@ -122,8 +122,8 @@ def blame(records: dict[int, Record], silent: list[int]) -> str:
         last = records.get(rank)
         since = f"step {last['step']} ({last['doing']})" if last else "the start"
         return (
-            f"{name_rank(rank, last)} has not been heard of since {since}: it was killed (the usual reason is "
-            f"memory), it is frozen, or its machine is gone"
+            f"{name_rank(rank, last)} has not been heard of since {since}: it was killed (the "
+            f"usual reason is memory), it is frozen, or its machine is gone"
         )
     lowest = min(map(_furthest_behind, records.values()))
     behind = [rank for rank, record in records.items() if _furthest_behind(record) == lowest]

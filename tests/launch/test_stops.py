@@ -61,7 +61,7 @@ def notice(monkeypatch):
             self.end_headers()
             self.wfile.write(b"TRUE" if served.is_given.is_set() else b"FALSE")
 
-        def log_message(self, *args):
+        def log_message(self, format, *args):
             """Say nothing of each request."""
 
     monkeypatch.setitem(sys.modules, "served", served)

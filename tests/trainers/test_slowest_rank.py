@@ -40,9 +40,7 @@ def test_slowdown_is_that_of_the_slowest_over_the_median():
 def test_own_work_ends_where_ranks_meet(monkeypatch, shards_parameters):
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    strategy = SimpleNamespace(
-        shards_parameters=shards_parameters, root_device=torch.device("cpu")
-    )
+    strategy = SimpleNamespace(shards_parameters=shards_parameters, root_device=torch.device("cpu"))
     data = SimpleNamespace(seconds_waited=100.0)  # before training
     trainer, own = SimpleNamespace(strategy=strategy, datamodule=data), OwnWork()
     own.on_train_start(trainer, None)
@@ -63,3 +61,28 @@ def test_own_work_ends_where_ranks_meet(monkeypatch, shards_parameters):
     micro_batch(8.0, 16.0, 32.0, 1000.0)
     assert own.take(trainer) == (27.0 if shards_parameters else 63.0)
     assert own.take(trainer) == 0.0
+
+
+@pytest.mark.gpu
+def test_own_work_on_cuda_is_the_forward_pass_on_the_device():
+    device = torch.device("cuda")
+    strategy = SimpleNamespace(shards_parameters=False, root_device=device)
+    trainer, own = SimpleNamespace(strategy=strategy, datamodule=None), OwnWork()
+    own.on_train_start(trainer, None)
+    matrix = torch.randn(4096, 4096, device=device)
+
+    def steps(in_forward, in_backward):
+        for _ in range(3):
+            own.on_train_batch_start(trainer, None, None, 0)
+            own.begin_forward(trainer)
+            for _ in range(in_forward):
+                torch.mm(matrix, matrix)
+            own.on_before_backward(trainer, None, None)
+            for _ in range(in_backward):
+                torch.mm(matrix, matrix)
+        return own.take(trainer)
+
+    steps(1, 1)  # what happens once
+    # As the device takes it: the host is done with both long before.
+    assert steps(200, 1) > 10 * steps(1, 200)
+    assert not own._events

@@ -17,7 +17,7 @@ class Metadata(BaseHTTPRequestHandler):
     """Answers as the clouds do, and refuses what they refuse."""
 
     is_taken_away = False
-    events: list[dict] = []
+    events: tuple[dict, ...] = ()
 
     def do_PUT(self):
         asked = self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
@@ -44,21 +44,21 @@ class Metadata(BaseHTTPRequestHandler):
     def _azure(self):
         if self.path.startswith("/metadata/instance/compute/name?api-version="):
             return 200, OWN_NAME
-        return 200, json.dumps({"DocumentIncarnation": 1, "Events": self.events})
+        return 200, json.dumps({"DocumentIncarnation": 1, "Events": [*self.events]})
 
     def _reply(self, code, body):
         self.send_response(code)
         self.end_headers()
         self.wfile.write(body.encode())
 
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         """Say nothing of each request."""
 
 
 @pytest.fixture
 def metadata(monkeypatch):
     """A class whose attributes decide what the service says; a new one each time."""
-    handler = type("OwnMetadata", (Metadata,), {"events": []})
+    handler = type("OwnMetadata", (Metadata,), {})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(spot_notices, "METADATA", f"http://127.0.0.1:{server.server_port}")
@@ -77,9 +77,9 @@ def test_azure_deletes_this_machine_only_where_an_event_names_it(metadata):
     def event(kind, *machines):
         return {"EventType": kind, "Resources": [*machines], "NotBefore": "19:30"}
 
-    metadata.events = [event("Preempt", "workers_1"), event("Reboot", OWN_NAME)]
+    metadata.events = (event("Preempt", "workers_1"), event("Reboot", OWN_NAME))
     assert LOOKS["azure"]() is None
-    metadata.events.append(event("Preempt", "workers_2", OWN_NAME))
+    metadata.events += (event("Preempt", "workers_2", OWN_NAME),)
     assert LOOKS["azure"]() == "Preempt not before 19:30"
 
 

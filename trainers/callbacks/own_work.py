@@ -65,13 +65,13 @@ class OwnWork(Callback):
         return seconds
 
     def _end(self) -> None:
-        if isinstance(self._began, float):
-            self._seconds += time.perf_counter() - self._began
-        elif self._began is not None:
+        if isinstance(self._began, torch.cuda.Event):
             end = torch.cuda.Event(enable_timing=True)
             end.record()
             self._read_passed()  # so that they do not pile up
             self._events.append((self._began, end))
+        elif self._began is not None:
+            self._seconds += time.perf_counter() - self._began
         self._began = None
 
     def _read_passed(self) -> None:
@@ -80,7 +80,7 @@ class OwnWork(Callback):
             self._seconds += begin.elapsed_time(end) / 1e3
 
 
-def _now(device: torch.device) -> "float | torch.cuda.Event":
+def _now(device: torch.device) -> float | torch.cuda.Event:
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
