@@ -23,7 +23,6 @@ OVERRIDES = [
     "max_steps=30",
     "strategy=ddp",
     "trainer.val_every_steps=15",
-    "trainer.timeout_s=15",
     # SGD: Adam turns gradients that are zero but for rounding into steps of full size.
     "module.schedule.name=constant",
     "module.schedule.final_lr_fraction=null",
