@@ -146,11 +146,18 @@ def _rank_environment(num_ranks: int) -> dict[str, str]:
 
 
 def _code_after_failure(run: RunDirectory, before: dict[str, Any], rank: int, exitcode: int) -> int:
-    """Say which rank ended the run and why; the others fail after it, with less to tell."""
+    """Say which rank ended the run and why; the others fail after it, with less to tell.
+
+    Raises:
+        ValueError: The ranks did not come to have the run.
+    """
     if exitcode == PREEMPTED:
         return PREEMPTED
     if exitcode > 0 and run.status == before and before.get("state") != "starting":
-        return FAILED  # refused before they had touched the run, and they have said why
+        raise ValueError(
+            f"rank {rank} -> it was refused before it touched run {run.path.name}, and has said "
+            "why -> see its `error:` line above"
+        )
     logs = (run.path / "logs").glob(f"*/attempt_*/{rank}/stderr.log")
     log = max(logs, key=os.path.getmtime, default=None) if rank else None
     status = run.status
