@@ -1,0 +1,46 @@
+"""A Slurm cluster on this machine, for the tests that need one."""
+
+import fcntl
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm_cluster import SlurmCluster
+
+NAMESPACES = ["unshare", "--uts", "--ipc", "--net", "--pid", "--mount", "--fork", "true"]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[SlurmCluster]:
+    """The cluster; its name and addresses exist once on a machine, so others wait for it."""
+    if subprocess.run(NAMESPACES, capture_output=True).returncode:
+        pytest.skip("Slurm is there, but namespaces may not be made here (CAP_SYS_ADMIN)")
+    # Not under pytest's own folder, which others may not enter, and munge insists that they may.
+    cluster = SlurmCluster(Path(tempfile.mkdtemp(prefix="trainyard-slurm-")))
+    with Path(tempfile.gettempdir(), "trainyard-slurm.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+@pytest.fixture
+def slurm(cluster) -> Iterator[SlurmCluster]:
+    """The same, with both nodes in order again after the test."""
+    yield cluster
+    cluster.heal()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failure comes with what jobs and the controller have printed."""
+    report = yield
+    found = getattr(item, "funcargs", {}).get("cluster")
+    if report.failed and found:
+        report.sections += list(found.logs().items())
+    return report
