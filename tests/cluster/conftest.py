@@ -1,6 +1,5 @@
 """A Slurm cluster on this machine, for the tests that need one."""
 
-import fcntl
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -15,18 +14,16 @@ NAMESPACES = ["unshare", "--uts", "--ipc", "--net", "--pid", "--mount", "--fork"
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[SlurmCluster]:
-    """The cluster; its name and addresses exist once on a machine, so others wait for it."""
+    """The cluster, up from the first test that needs it to the end of the session."""
     if subprocess.run(NAMESPACES, capture_output=True).returncode:
         pytest.skip("Slurm is there, but namespaces may not be made here (CAP_SYS_ADMIN)")
     # Not under pytest's own folder, which others may not enter, and munge insists that they may.
     cluster = SlurmCluster(Path(tempfile.mkdtemp(prefix="trainyard-slurm-")))
-    with Path(tempfile.gettempdir(), "trainyard-slurm.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            cluster.start()
-            yield cluster
-        finally:
-            cluster.stop()
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 @pytest.fixture

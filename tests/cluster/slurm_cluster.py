@@ -1,8 +1,10 @@
 """A real Slurm cluster of two nodes on this machine, and what may happen to it."""
 
+import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +13,8 @@ import psutil
 
 HERE = Path(__file__).parent / "slurm"
 ROOT = Path(__file__).parent.parent.parent
+LOCK = Path(tempfile.gettempdir(), "trainyard-slurm.lock")
+"""Of the names and addresses, which a machine has once."""
 PATIENCE_S = 600
 """After which a test gives up waiting. Slurm takes half a minute to miss a node, and twelve seconds
 to start again what was requeued; the rest is starts of ranks on a busy machine."""
@@ -42,15 +46,20 @@ class SlurmCluster:
         self._keeper: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it; it ends by `stop`, or when this process ends in whatever way."""
-        # Reads until the other end of the pipe closes, which also a killed process does.
-        script = 'cat; exec "$0" "$1"'
-        self._keeper = subprocess.Popen(
-            ["bash", "-c", script, str(HERE / "down.sh"), str(self.folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C in a terminal is not for it
-        )
+        """Start it, once another one is down; ends by `stop`, or with this process, however it ends.
+
+        A shell reads from a pipe that only this process can write to. When that is closed, also
+        because this process was killed, it takes the cluster down. It has inherited the lock.
+        """
+        with LOCK.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._keeper = subprocess.Popen(
+                ["bash", "-c", 'cat; exec "$0" "$1"', str(HERE / "down.sh"), str(self.folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[lock.fileno()],
+                start_new_session=True,  # Ctrl-C in a terminal is not for it
+            )
         self._up()
 
     def stop(self) -> None:
