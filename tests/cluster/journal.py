@@ -60,10 +60,7 @@ def read_launches(folder: Path) -> list[Samples]:
 
 
 def what_counts(launches: list[Samples]) -> Samples:
-    """What the weights of the last launch have seen: each begins with a step, and undoes later ones.
-
-    Steps are in the order they were trained in.
-    """
+    """What the last weights have seen: a launch undoes what others did from its first step on."""
     seen: Samples = {}
     for launch in launches:
         begins = min(launch)

@@ -46,7 +46,7 @@ class SlurmCluster:
         self._keeper: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, once another one is down; ends by `stop`, or with this process, however it ends.
+        """Start it, once no other is up; it ends by `stop`, or with this process in any case.
 
         A shell reads from a pipe that only this process can write to. When that is closed, also
         because this process was killed, it takes the cluster down. It has inherited the lock.
@@ -64,7 +64,8 @@ class SlurmCluster:
 
     def stop(self) -> None:
         """End all jobs, nodes and daemons, and remove the folder."""
-        assert self._keeper and self._keeper.stdin
+        assert self._keeper
+        assert self._keeper.stdin
         self._keeper.stdin.close()
         self._keeper.wait()
 
