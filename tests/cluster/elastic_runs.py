@@ -13,14 +13,14 @@ import psutil
 
 from launch.run_directory import RunDirectory
 from tests.cluster.hosts import Hosts
-from tests.cluster.recording import recorded
-from trainers.metrics import read_metrics
+from tests.cluster.runs import Run
 
 ROOT = Path(__file__).parent.parent.parent
 WAIT_S = 150
+NUM_STEPS = 30
 OVERRIDES = [
     "batch_samples=12",  # for 1, 2 and 3 ranks
-    "max_steps=30",
+    f"max_steps={NUM_STEPS}",
     "strategy=ddp",
     "trainer.val_every_steps=15",
     # SGD: Adam turns gradients that are zero but for rounding into steps of full size.
@@ -34,22 +34,28 @@ QUICK = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
 """What torch's agents are told, so that tests need not wait for its usual 30 and 15 seconds."""
 
 
-class ElasticRun:
-    """A run in a folder, with the commands that train it.
+class ElasticRun(Run):
+    """A run with the commands that train it.
 
     Args:
-        folder: For its run directory and records.
+        folder: For its run directory and what the commands print.
         overrides: Of all its commands.
         hosts: Where it is started.
     """
 
     def __init__(self, folder: Path, overrides: list[str], hosts: Hosts | None = None):
-        self.records = folder / "records"
-        self.directory = RunDirectory(folder / "runs" / "elastic")
-        own = [f"runs_dir={folder / 'runs'}", "run.name=elastic", recorded(self.records)]
+        super().__init__(folder / "runs" / "elastic")
+        self.directory, self.folder, self.hosts = RunDirectory(self.path), folder, hosts
+        journal = f"_target_: tests.cluster.journal.Journal, folder: {self.path / 'journal'}"
+        own = [f"runs_dir={folder / 'runs'}", "run.name=elastic"]
+        own.append(f"+trainer.callbacks.journal={{{journal}}}")
         self.overrides = [*overrides, *OVERRIDES, *own]
-        self.hosts = hosts
         self.processes: dict[str, subprocess.Popen[str]] = {}
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of ranks of each launch that has come to a step."""
+        return [max(map(len, launch.values())) for launch in self.launches]
 
     def torchrun(self, host: str, *overrides: str, nodes: str, max_restarts: int = 0) -> None:
         """Start torchrun on a host; `host1` holds the rendezvous."""
@@ -76,21 +82,21 @@ class ElasticRun:
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"PYTHONPATH": path} | options.pop("env", {})
         run = partial(self.hosts.run, host) if self.hosts else subprocess.Popen
-        with (self.records.parent / f"{host}.log").open("a") as log:
+        with (self.folder / f"{host}.log").open("a") as log:
             streams = {"stdout": log, "stderr": subprocess.STDOUT, "text": True}
             self.processes[host] = run(command, env=environment, **streams, **options)
 
-    def pace(self, pause_s: float) -> None:
-        """Add a pause to each micro-batch from now on."""
-        scratch = self.records / ".pause_s"
-        scratch.write_text(str(pause_s))
-        scratch.rename(self.records / "pause_s")
+    def linger(self, seconds: float) -> None:
+        """Let each step take so much longer from now on."""
+        journal = self.path / "journal"
+        journal.mkdir(parents=True, exist_ok=True)
+        (journal / ".linger_s").write_text(str(seconds))
+        (journal / ".linger_s").rename(journal / "linger_s")
 
     @property
     def step(self) -> int:
         """The last one that was logged."""
-        rows = read_metrics(self.directory.path / "metrics.jsonl")
-        return int(rows[-1]["step"]) if rows else 0
+        return max(self.losses, default=0)
 
     def wait_until(self, is_so: Callable[[], bool], what: str) -> None:
         """Wait for something that the run does."""
@@ -108,7 +114,7 @@ class ElasticRun:
 
     def output(self, host: str | None = None) -> str:
         """What the commands of a host, or of all, have written."""
-        paths = sorted(self.records.parent.glob(f"{host or '*'}.log"))
+        paths = sorted(self.folder.glob(f"{host or '*'}.log"))
         return "\n".join(f"--- {path.stem}\n{path.read_text()}" for path in paths)
 
     def ranks(self, host: str) -> list[psutil.Process]:

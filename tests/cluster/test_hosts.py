@@ -10,7 +10,6 @@ import pytest
 from launch import runtime
 from launch.start_facts import OURS
 from tests.cluster.elastic_runs import ROOT
-from tests.cluster.recording import world_sizes
 from trainers.checkpoint import verify
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -37,7 +36,7 @@ def test_host_with_other_code_packages_and_overrides_is_named(run, tmp_path):
         assert (
             ", module.optimizer.lr=0.07 where rank 0 on host1 has 0.05 -> give every rank" in said
         )
-    assert world_sizes(run.records) == []
+    assert run.sizes == []
 
 
 def test_hosts_that_nobody_answers_give_up_and_say_where(run):
@@ -86,7 +85,7 @@ def test_shared_disk_without_room_ends_the_run_on_all_hosts(small_disk, run):
 
 
 def test_run_that_was_stopped_is_not_started_again_by_torchrun(run):
-    run.pace(0.3)
+    run.linger(0.3)
 
     def start():
         for host in ("host1", "host2"):
@@ -106,4 +105,4 @@ def test_run_that_was_stopped_is_not_started_again_by_torchrun(run):
     run.wait()
     assert run.directory.status["state"] == "preempted", run.output()
     assert run.directory.status["step"] >= stopped_at + 3
-    assert world_sizes(run.records) == [2, 2]
+    assert run.sizes == [2, 2]
