@@ -76,7 +76,7 @@ def what_counts(launches: list[Samples]) -> Samples:
 
 
 def in_order(samples: Samples) -> dict[int, list[str]]:
-    """Rows of each step in their global order: position p is row `p // ranks` of rank `p % ranks`."""
+    """Rows of each step in their global order: the p-th is of rank `p % num_ranks`."""
     return {
         step: list(chain.from_iterable(zip(*(ranks[r] for r in sorted(ranks)), strict=True)))
         for step, ranks in samples.items()
