@@ -29,6 +29,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from launch.run_directory import StoppedError
 
 DONE, FAILED, PREEMPTED = 0, 1, 75
+LEFT_BEHIND = 76  # between functions only: preempted, since ranks of other nodes were
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT}
 LAUNCHED_AT = "TRAINYARD_LAUNCHED_AT"
 """Environment variable of ranks that our own command has started: when it began."""

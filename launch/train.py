@@ -5,6 +5,7 @@ from omegaconf import DictConfig
 
 from launch import cluster, deafness, last_line, rank_logs, ranks, runtime
 from launch.acceptance import accepted
+from launch.completion import refuse_indivisible
 from launch.initial_weights import load_initial_weights
 from launch.meeting import meet
 from launch.run_directory import RunDirectory
@@ -16,6 +17,8 @@ def train(config: DictConfig) -> int:
     """Train the run that the configuration names, or continue it."""
     runtime.refuse_unknown_keys(config, "train")
     cluster.adopt(config)
+    refuse_indivisible(config)
+    fewest_nodes, _ = cluster.node_range(config)
     if ranks.are_of_nodes(config):
         return ranks.start_on_node(directory_of(config), config)
     run, num_ranks = directory_of(config), cluster.count_ranks(config)
@@ -27,7 +30,7 @@ def train(config: DictConfig) -> int:
         if num_ranks > 1 and not cluster.is_rank():
             return ranks.start(run, num_ranks, config.cluster.max_restarts)
         rank_logs.redirect(run)
-        return cluster.code_for_starter(fit(run, config))
+        return cluster.code_for_starter(fit(run, config), fewest_nodes)
 
 
 def fit(run: RunDirectory, config: DictConfig) -> int:
@@ -68,7 +71,7 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
             trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
         except PreemptedError as reason:
             end("preempted", f"{reason}; the same command continues at step {trainer.global_step}")
-            return runtime.PREEMPTED
+            return runtime.LEFT_BEHIND if reason.is_left_behind else runtime.PREEMPTED
         if trainer.is_global_zero:
             run.write_summary(summarize(run, trainer))
             print_summary(run)

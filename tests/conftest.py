@@ -14,12 +14,13 @@ from omegaconf import DictConfig
 
 from launch.run_directory import RunDirectory
 from launch.run_home import directory_of
+from tests.cluster.hosts import why_not
 
 # Two ranks or workers beside the tests' own process would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-NAMED_MARKS = {"gpu", "slurm", "slow"}
+NAMED_MARKS = {"gpu", "hosts", "slurm", "slow"}
 _other_skips: list[str] = []
 
 
@@ -31,6 +32,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("no CUDA device")
     if item.get_closest_marker("slurm") and shutil.which("slurmctld") is None:
         pytest.skip("no Slurm installation")
+    if item.get_closest_marker("hosts") and (reason := why_not()):
+        pytest.skip(f"no hosts made of namespaces: {reason}")
 
 
 @pytest.hookimpl(trylast=True)  # of what is left when the others have deselected

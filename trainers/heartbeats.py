@@ -19,6 +19,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 SILENCE_S = 4.0
 """A rank that gives no sign of life for so long is dead or frozen; it gives one every second."""
 
+GONE_S = 60.0
+"""A rank that gives no sign of life for so long while others wait does not come back: its machine
+may have vanished without a word, and collectives would wait for it as long as they may."""
+
 STORE_TIMEOUT_S = 10.0
 
 LIBRARIES = (f"{os.sep}site-packages{os.sep}", os.path.dirname(threading.__file__), "<frozen")
@@ -39,6 +43,8 @@ class Heartbeats:
 
     def __init__(self, rank: int, num_ranks: int):
         self.rank, self.num_ranks = rank, num_ranks
+        self._first: dict[int, Record] = {}  # of rank 0, as it was last read
+        self._heard: dict[int, tuple[Any, float]] = {}  # rank -> its last beat, and since when
         self._store: Store | None = None
         if num_ranks > 1:
             # A connection of its own: the main thread may wait on the other, holding its lock.
@@ -47,8 +53,10 @@ class Heartbeats:
             self._store = PrefixStore("heartbeats", store)
 
     def publish(self, record: Record) -> None:
-        """Give a sign of life."""
+        """Give a sign of life, and look at that of rank 0."""
         self._ask(lambda store: store.set(str(self.rank), json.dumps(record)))
+        if self.rank:
+            self._first = self._ask(lambda store: self._read(store, [0])) or self._first
 
     def tell(self, reason: str) -> bool:
         """Leave the reason for which the run fails; gives whether nobody was faster."""
@@ -67,12 +75,32 @@ class Heartbeats:
         """
         if self._store is None:
             return {}, []
-        before = self._ask(self._read) or {}
+        before = self._ask(self._read)
         time.sleep(SILENCE_S)
-        after = self._ask(self._read) or {}
+        after = self._ask(self._read)
+        if before is None or after is None:  # the store is gone, and rank 0, whose it was, with it
+            return self._first, [0] if self.rank else []
         others = (rank for rank in range(self.num_ranks) if rank != self.rank)
         silent = [rank for rank in others if before.get(rank) == after.get(rank)]
         return after, silent
+
+    def is_one_gone(self) -> bool:
+        """Whether a rank has been silent for `GONE_S`, or some rank has left a reason to end.
+
+        For a rank that waits, to ask again and again. Rank 0 listens to all, the others to rank 0.
+        """
+        now, told = time.monotonic(), self.told()
+        watched = [0] if self.rank else range(1, self.num_ranks)
+        records = self._ask(lambda store: self._read(store, watched)) or {}
+        beats = {rank: record["beat"] for rank, record in records.items()}
+        if self.rank and not beats:  # the store is gone
+            beats = {0: None}
+        self._heard |= {
+            rank: (beat, now)
+            for rank, beat in beats.items()
+            if rank not in self._heard or self._heard[rank][0] != beat
+        }
+        return told is not None or any(now - since > GONE_S for _, since in self._heard.values())
 
     def name_of(self, rank: int) -> str:
         """A rank's name for people, as `name_rank`."""

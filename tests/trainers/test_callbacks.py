@@ -131,6 +131,45 @@ def test_ranks_without_a_sign_of_life_are_found(three_ranks):
     again.join()
 
 
+def test_rank_zero_is_blamed_when_the_store_is_gone_with_it(three_ranks):
+    for beats in three_ranks:
+        beats.publish(record([1, 0]))
+
+    def refuse(keys):
+        raise RuntimeError("Connection reset by peer")
+
+    three_ranks[1]._store = SimpleNamespace(check=refuse)
+    assert three_ranks[1].listen() == ({0: record([1, 0])}, [0])
+
+
+def test_silent_rank_is_gone_after_a_while_and_all_learn_of_it(three_ranks, monkeypatch):
+    monkeypatch.setattr(heartbeats, "GONE_S", 0.3)
+    first, second, third = three_ranks
+    for number in range(8):
+        for beats in (first, second):
+            beats.publish(record([1, 0], beat=number))
+        assert not first.is_one_gone()  # rank 2 has said nothing yet: it may be starting
+        assert not second.is_one_gone()
+        time.sleep(0.1)
+    third.publish(record([1, 0]))
+    assert not first.is_one_gone()
+    time.sleep(0.4)
+    for beats in (first, second):
+        beats.publish(record([1, 0], beat=9))
+    assert first.is_one_gone()
+    assert not second.is_one_gone()  # it listens to rank 0 alone
+    first.tell("rank 2 has not been heard of")
+    assert second.is_one_gone()
+
+
+def test_rank_zero_is_gone_with_its_store(three_ranks, monkeypatch):
+    monkeypatch.setattr(heartbeats, "GONE_S", 0.3)
+    monkeypatch.setattr(three_ranks[1], "_ask", lambda question: None)
+    assert not three_ranks[1].is_one_gone()
+    time.sleep(0.4)
+    assert three_ranks[1].is_one_gone()
+
+
 def test_first_reason_stays(three_ranks):
     assert three_ranks[0].told() is None
     assert three_ranks[1].tell("rank 1 has had enough")

@@ -29,11 +29,13 @@ class PreemptedError(Exception):
     Attributes:
         asks_requeue: Whether a scheduler should be asked to start the job again; the same on every
             rank, whichever of them was asked to stop.
+        is_left_behind: Whether others got SIGTERM and this rank did not: their node may be leaving
+            a run that goes on, or about to start all ranks anew with a node that has come.
     """
 
-    def __init__(self, reason: str, *, asks_requeue: bool):
+    def __init__(self, reason: str, *, asks_requeue: bool, is_left_behind: bool):
         super().__init__(reason)
-        self.asks_requeue = asks_requeue
+        self.asks_requeue, self.is_left_behind = asks_requeue, is_left_behind
 
 
 class Preemption(Callback):
@@ -99,7 +101,11 @@ class Preemption(Callback):
         self.checkpointing.save(trainer)
         self.checkpointing.wait(trainer)
         asked = [reason for reason in self._reasons if reason in self.vote.granted]
-        raise PreemptedError(" and ".join(asked), asks_requeue=not LEAVES_FOR_GOOD & {*asked})
+        raise PreemptedError(
+            " and ".join(asked),
+            asks_requeue=not LEAVES_FOR_GOOD & {*asked},
+            is_left_behind=asked == ["SIGTERM"] and self.signal_name is None,
+        )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give back the handlers of before Lightning and this callback."""

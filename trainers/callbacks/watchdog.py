@@ -20,6 +20,11 @@ from trainers.heartbeats import Heartbeats, Record, blame, locate, name_rank
 BEAT_S = 1.0
 """Seconds between two signs of life of a rank, and between two looks at the time."""
 
+WAITS_S = 30.0
+"""Seconds without progress after which a rank looks whether another one is gone."""
+
+FAREWELL_S = 5.0
+"""For the others to read the reason: the store may end with the process of rank 0."""
 
 Report = Callable[[str, int], None]
 """Is told why a run ends, and at which step."""
@@ -32,6 +37,7 @@ class Watchdog(Callback):
     that wait for each other all stop; the one furthest behind is the one they wait for, and one
     whose thread is silent too is dead or frozen. The process ends hard, since a main thread in a
     collective cannot be asked; torch's agent ends the other ranks, or they come here themselves.
+    For a rank that is silent for a minute nobody waits longer than that.
 
     The first rank that fails by itself leaves its reason in the store. Those that lose the
     connection to it, or to a rank that was killed, report that reason and not their own.
@@ -169,8 +175,9 @@ class Watchdog(Callback):
 
     def _watch(self, main_thread: int) -> None:
         while not self._has_ended.wait(BEAT_S):
-            if time.monotonic() - self._marked_at > self.timeout_s:
-                self._give_up(sys._current_frames().get(main_thread))
+            waited_s = time.monotonic() - self._marked_at
+            if waited_s > self.timeout_s or (waited_s > WAITS_S and self._beats.is_one_gone()):
+                self._give_up(sys._current_frames().get(main_thread), waited_s)
 
     def _record(self, frame: FrameType | None) -> Record:
         place, is_waiting = locate(frame)
@@ -188,7 +195,7 @@ class Watchdog(Callback):
     def _own_name(self) -> str:
         return name_rank(self._beats.rank, {"host": self._host})
 
-    def _give_up(self, frame: FrameType | None) -> None:
+    def _give_up(self, frame: FrameType | None, waited_s: float) -> None:
         """End this process, after telling why: as another rank has told, or as it looks."""
         marked_at = self._marked_at
         reason = self._beats.told()
@@ -197,11 +204,12 @@ class Watchdog(Callback):
             return  # it goes on after all
         if reason is None:
             records |= {self._beats.rank: self._record(frame)}
-            culprit = blame(records, silent)
-            reason = (
-                f"trainer.timeout_s={self.timeout_s:g} -> {culprit}; the run has waited for longer "
-                f"than that -> look there, or allow more seconds"
-            )
+            reason = blame(records, silent)
+            if waited_s > self.timeout_s:
+                reason = (
+                    f"trainer.timeout_s={self.timeout_s:g} -> {reason}; the run has waited for "
+                    f"longer than that -> look there, or allow more seconds"
+                )
             self._beats.tell(reason)
         print(f"error: {reason}\n{self._own_name} stands at:", file=sys.stderr)
         traceback.print_stack(frame)
@@ -209,6 +217,8 @@ class Watchdog(Callback):
         self.last_words(reason)
         for stream in filter(None, (sys.stdout, sys.stderr)):  # None where output goes nowhere
             stream.flush()
+        if self._beats.rank == 0 and self._beats.num_ranks > 1:
+            time.sleep(FAREWELL_S)
         os._exit(1)
 
 
