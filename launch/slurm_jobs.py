@@ -41,7 +41,7 @@ class Job:
         return self.state in ENDS
 
     def __str__(self) -> str:
-        about = self.reason if self.reason != "None" else self.nodes.replace("(null)", "")
+        about = self.reason if self.reason != "None" else self.nodes
         return f"{self.state} ({about})" if about else self.state
 
 
@@ -61,9 +61,17 @@ def look_up(job_id: str) -> Job | None:
         raise ValueError(
             f"cluster=slurm -> scontrol: {done.stderr.strip()} -> see whether `sinfo` works here"
         )
-    said = re.findall(r"\b(JobName|JobState|Reason|NodeList)=(.*?)(?= Reason=| Dep|$)", done.stdout, re.M)
-    facts = dict(said)
-    return Job(facts["JobName"], facts["JobState"], facts["Reason"], facts["NodeList"])
+    said = done.stdout.replace("(null)", "")
+    found = {
+        key: re.search(pattern, said, re.MULTILINE)
+        for key, pattern in {
+            "name": r"\bJobName=(.*)$",
+            "state": r"\bJobState=(\S+)",
+            "reason": r"\bReason=(\S+)",
+            "nodes": r"\bNodeList=(\S*)",
+        }.items()
+    }
+    return Job(**{key: match[1] if match else "" for key, match in found.items()})
 
 
 def follow(job_id: str, log: Path) -> Job | None:
