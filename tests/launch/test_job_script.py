@@ -1,6 +1,7 @@
 """What a job of Slurm's asks for, as `cluster.dry_run=true` shows it. Needs no Slurm."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,12 +143,22 @@ def test_options_with_keys_of_their_own_are_in_every_script(script):
         ("strategy=single", "strategy=single -> .* there are 4 ranks"),
     ],
 )
-def test_contradiction_is_refused_before_anything_is_submitted(
-    stand_in, compose_job, override, message
-):
+def test_contradiction_is_refused_before_a_submission(stand_in, compose_job, override, message):
     with pytest.raises(ValueError, match=message):
         submit(compose_job(override))
     assert not stand_in.scripts
+
+
+def test_cluster_of_ones_own_is_a_file(command, small_run, tmp_path):
+    text = (ROOT / "docs/slurm.md").read_text()
+    (listing,) = re.findall(r"^```yaml\n(.*?)```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "ours.yaml").write_text(listing)
+    overrides = ["--config-dir", str(tmp_path), "cluster=ours", "cluster.dry_run=true", *small_run]
+    done = subprocess.run(command("train", *overrides), capture_output=True, text=True)
+    assert done.returncode == runtime.DONE, done.stderr
+    for line in ("#SBATCH --exclusive", "#SBATCH --account=mine", "source env/bin/activate"):
+        assert line in done.stdout.splitlines()
 
 
 def test_own_script_is_correct_shell():

@@ -77,9 +77,7 @@ def test_missing_slurm_is_said_and_a_script_needs_none(compose_job, monkeypatch,
         ("RUNNING", "of-another-cluster", False),
     ],
 )
-def test_run_that_is_a_job_already_is_not_submitted_again(
-    stand_in, compose_job, state, name, is_refused
-):
+def test_run_that_is_a_job_is_not_submitted_again(stand_in, compose_job, state, name, is_refused):
     submit(compose_job())
     stand_in.job(state, name)
     if is_refused:
