@@ -11,6 +11,7 @@ from launch.initial_weights import load_initial_weights
 from launch.run_directory import RunDirectory
 from launch.run_home import directory_of, home_of
 from launch.summary import print_summary, summarize
+from launch.sweep import sweeps
 
 
 def train(config: DictConfig) -> int:
@@ -84,7 +85,7 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
     return runtime.DONE
 
 
-main = runtime.verb("train")(train)
+main = runtime.verb("train", around=sweeps)(train)
 
 if __name__ == "__main__":
     main()
