@@ -1,7 +1,7 @@
-"""Sweeps: `python -m launch.train -m key=a,b ...`, by a launcher and a sweeper of Hydra's kind.
+"""Sweeps: `python -m launch.train -m key=a,b ...`.
 
-Hydra's sweepers (all combinations, or Optuna) choose the overrides of each job. The launcher gives it a
-name, leaves out what is finished, starts the rest, each as `python -m launch.train` in processes of
+Hydra's sweepers (all combinations, or Optuna) choose the overrides of each job. This gives it a
+name, leaves out what is finished, runs the rest, each as `python -m launch.train` in processes of
 its own, and hands their objectives back.
 """
 
@@ -10,15 +10,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.errors import HydraException
-from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
@@ -32,48 +28,40 @@ from launch.sweep_record import Job, Sweep, describe, folder_of, name_of_run
 DIRECTIONS = ("minimize", "maximize")
 
 
+_started: list["Launches"] = []
+"""The sweep of this process, if it has one: Hydra does not hand on what it has made."""
+
+
 @contextmanager
 def sweeps() -> Iterator[None]:
-    """While Hydra runs, let `-m` start sweeps; after one, end the program with its exit code."""
-    Plugins.instance().register(GridSweeper)
-    Plugins.instance().register(SweepLauncher)
+    """While Hydra runs, let `-m` run a sweep; after one, end the program with its exit code."""
     try:
         yield
     except ValueError:
-        launcher = SweepLauncher.current
         # Optuna looks for the best of none.
-        if launcher is None or not launcher.has_only_failures():
+        if not (_started and _started[0].has_only_failures()):
             raise
-    if SweepLauncher.current:
-        sys.exit(SweepLauncher.current.finish())
+    if _started:
+        sys.exit(_started[0].finish())
 
 
-class GridSweeper(BasicSweeper):
-    """Hydra's own, which leaves it to the launcher to say which jobs do not compose."""
-
-    __module__ = "hydra_plugins.trainyard"  # Hydra takes plugins from packages of that name only
-
-    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Do nothing: a job that does not compose is one that fails."""
+def open_sweep(config: DictConfig, loader: Any) -> "Launches":
+    """Open the sweep that `config` describes; `sweeps` will end it."""
+    _started.append(Launches(config, loader))
+    return _started[0]
 
 
-class SweepLauncher(Launcher):
+class Launches:
     """Starts the jobs of a sweep that are not finished, and keeps its record."""
 
-    __module__ = "hydra_plugins.trainyard"
-    current: ClassVar["SweepLauncher | None"] = None
-    """The one of this process; Hydra hands none on."""
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
+    def __init__(self, config: DictConfig, loader: Any):
         """Open the record of the sweep that `config`, without what is swept, describes.
 
         Raises:
             ValueError: It cannot be run as asked.
         """
         _check(config)
-        self.config, self.loader = config, hydra_context.config_loader
+        self.config, self.loader = config, loader
         self.sweep = Sweep.read(folder_of(config, str(config.sweep.name)))
         self.sweep.hold()
         self.sweep.objective = config.sweep.objective
@@ -85,11 +73,8 @@ class SweepLauncher(Launcher):
             config.hydra.sweep.dir = str(self.sweep.folder)
         for name in ("optuna", "hydra_plugins"):  # they tell what the lines of jobs do
             logging.getLogger(name).setLevel(logging.ERROR)
-        SweepLauncher.current = self
 
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
+    def run(self, job_overrides: Sequence[Sequence[str]]) -> list[JobReturn]:
         """Run jobs until all have ended.
 
         Returns:

@@ -19,7 +19,7 @@ from launch.sweep_record import Job, Sweep, read_objective
 
 POLL_S = 0.1
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-"""Variables of whoever started this process, in which a job would see ranks that are not its own."""
+"""Variables of whoever started this process; a job would take itself for a rank by them."""
 
 
 @dataclass(frozen=True)
