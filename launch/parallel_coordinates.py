@@ -1,14 +1,15 @@
 """A picture of a sweep: an axis for each key, the objective's last, and a line for each job."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.sweep_record import Job, Sweep, short_names
 
-WIDE = 10.0
-"""Largest over smallest value from which on an axis is logarithmic."""
+LOW = 1 / 3
+"""An axis is logarithmic where the median of its values would be lower than this on a linear one."""
 
 MAX_TICKS = 6
 
@@ -23,7 +24,7 @@ class Axis:
 
     @classmethod
     def of(cls, name: str, values: Sequence[str]) -> "Axis":
-        """An axis of numbers, logarithmic where they are far apart; else one of categories."""
+        """An axis of numbers, logarithmic where most are small; else one of categories."""
         try:
             numbers = {value: float(value) for value in values}
         except ValueError:
@@ -31,7 +32,8 @@ class Axis:
         if not all(map(math.isfinite, numbers.values())):
             return cls._of_categories(name, values)
         low, high = min(numbers.values()), max(numbers.values())
-        if low > 0 and high / low >= WIDE:
+        middle = statistics.median(numbers.values())
+        if low > 0 and middle < low + LOW * (high - low):
             name += "\n(log)"
             numbers = {value: math.log10(number) for value, number in numbers.items()}
             low, high = math.log10(low), math.log10(high)

@@ -124,7 +124,8 @@ def explain(error: BaseException, config_name: str) -> str | None:
         chain = chain.__cause__ or chain.__context__
     text = str(error)
     if found := re.search(r"Could not find '([^']+)'", text):
-        option, options = found[1], re.findall(r"^\t(.+)$", text, re.MULTILINE)
+        listed = text.partition("Config search path")[0]
+        option, options = found[1], re.findall(r"^\t(.+)$", listed, re.MULTILINE)
         group, _, choice = option.rpartition("/")
         return f"{group}={choice} -> there is none of that name -> {_suggest(choice, options)}"
     if found := re.search(r"Could not override '([^']+)'", text):

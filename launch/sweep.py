@@ -41,8 +41,11 @@ def sweeps() -> Iterator[None]:
         # Optuna looks for the best of none.
         if not (_started and _started[0].has_only_failures()):
             raise
+    finally:
+        for each in _started:
+            each.sweep.release()
     if _started:
-        sys.exit(_started[0].finish())
+        sys.exit(_started.pop().finish())
 
 
 def open_sweep(config: DictConfig, loader: Any) -> "Launches":

@@ -18,6 +18,7 @@ from launch.runtime import DONE, PREEMPTED
 from launch.sweep_record import Job, Sweep, read_objective
 
 POLL_S = 0.1
+PROGRAM = ("-P", "-m", "launch.train")  # -P: the working folder may not shadow our packages
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 """Variables of whoever started this process; a job would take itself for a rank by them."""
 
@@ -103,7 +104,7 @@ def _start(
 ) -> Running:
     devices = [free_devices.pop(0) for _ in range(config.trainer.devices) if free_devices]
     sweep.note(job, "running", reason="")
-    command = [sys.executable, "-P", "-m", "launch.train", *flags, "hydra.mode=RUN", *job.overrides]
+    command = [sys.executable, *PROGRAM, *flags, "hydra.mode=RUN", *job.overrides]
     with sweep.log(job).open("ab") as log:
         process = subprocess.Popen(
             command,

@@ -75,7 +75,7 @@ class Sweep:
         write_atomically(self.folder / "sweep.json", json.dumps(record, indent=1) + "\n")
 
     def hold(self) -> None:
-        """Keep other processes from running this sweep, as long as this one lives.
+        """Keep other processes from running this sweep, until `release` or the end of this one.
 
         Raises:
             ValueError: One does.
@@ -85,10 +85,15 @@ class Sweep:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self._lock.close()
             raise ValueError(
                 f"sweep.name={self.name} -> another process is running it ({self.folder}) -> wait "
                 "for it, stop it, or choose another sweep.name"
             ) from error
+
+    def release(self) -> None:
+        """Let other processes run this sweep."""
+        self._lock.close()
 
     def is_held(self) -> bool:
         """Whether a process runs this sweep now."""
@@ -166,8 +171,8 @@ def describe(job: Job) -> str:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The last parts of dotted keys, where that tells them apart."""
-    last = [key.rpartition(".")[2] for key in keys]
+    """The last parts of dotted keys, where that tells them apart; `name` tells nothing."""
+    last = [".".join(key.split(".")[-2 if key.endswith(".name") else -1 :]) for key in keys]
     return {
         key: part if last.count(part) == 1 else key for key, part in zip(keys, last, strict=True)
     }
