@@ -9,6 +9,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 
 
 class GridSweeper(BasicSweeper):
@@ -16,6 +17,24 @@ class GridSweeper(BasicSweeper):
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Do nothing: a job that does not compose is one that fails."""
+
+
+class OptunaSweeper(Sweeper):
+    """That of hydra-optuna-sweeper, given its sampler by Hydra 1.3, as its own entry is by 1.4."""
+
+    def __init__(self, **settings: Any):
+        """Take what `hydra/sweeper: optuna` holds, the sampler made of it."""
+        from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl
+
+        self.sweeper = OptunaSweeperImpl(**settings)
+
+    def setup(self, **context: Any) -> None:
+        """Make the launcher."""
+        self.sweeper.setup(**context)
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Ask Optuna for jobs, run them, and tell it their objectives."""
+        self.sweeper.sweep(arguments)
 
 
 class SweepLauncher(Launcher):

@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.sweep_record import Job, Sweep, short_names
 
 LOW = 1 / 3
-"""An axis is logarithmic where the median of its values would be lower than this on a linear one."""
+"""An axis is logarithmic if the median of its values were lower than this on a linear one."""
 
 MAX_TICKS = 6
 
@@ -90,16 +90,14 @@ def draw(sweep: Sweep, path: Path) -> None:
 
 def axes_of(sweep: Sweep, jobs: Sequence[Job]) -> list[Axis]:
     """One for each key that jobs have values of, and one for the objective."""
-    keys = list(dict.fromkeys(key for job in sweep.jobs.values() for key in job.values))
-    names = short_names(keys)
+    names = short_names(sweep.keys)
     columns = zip(*(_row(job, sweep) for job in jobs), strict=True)
-    titles = [*(names[key] for key in keys), sweep.objective]
+    titles = [*names.values(), sweep.objective]
     return [Axis.of(title, values) for title, values in zip(titles, columns, strict=True)]
 
 
 def _row(job: Job, sweep: Sweep) -> list[str]:
-    keys = dict.fromkeys(key for each in sweep.jobs.values() for key in each.values)
-    return [*(job.values.get(key, "(not set)") for key in keys), repr(job.objective)]
+    return [*(job.values.get(key, "(not set)") for key in sweep.keys), repr(job.objective)]
 
 
 def _badness(sweep: Sweep, job: Job, jobs: Sequence[Job]) -> float:

@@ -59,14 +59,9 @@ def in_order(sweep: Sweep) -> list[Job]:
     return sorted(sweep.jobs.values(), key=rank)
 
 
-def keys_of(sweep: Sweep) -> list[str]:
-    """The keys that its jobs have values of."""
-    return list(dict.fromkeys(key for job in sweep.jobs.values() for key in job.values))
-
-
 def print_table(sweep: Sweep) -> None:
     """Print the runs of a sweep, best first."""
-    keys = keys_of(sweep)
+    keys = sweep.keys
     names = short_names(keys)
     table = Table(*[names[key] for key in keys], title=sweep.name, title_justify="left")
     for name in ("state", sweep.objective, "steps", "time", "run"):
@@ -86,7 +81,7 @@ def print_table(sweep: Sweep) -> None:
 
 def write_csv(sweep: Sweep, path: Path) -> None:
     """Write the runs of a sweep, best first, with keys and values in full."""
-    keys = keys_of(sweep)
+    keys = sweep.keys
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*keys, *FACTS, "reason"])

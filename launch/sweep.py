@@ -19,11 +19,14 @@ from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from launch import runtime
-from launch.resume_rules import refuse_changes
+from launch.resume_rules import FREE_KEYS, LENGTH_KEYS, is_within, refuse_changes
 from launch.run_directory import RunDirectory
 from launch.run_home import directory_of
 from launch.sweep_processes import note_done, run_here
-from launch.sweep_record import Job, Sweep, describe, folder_of, name_of_run
+from launch.sweep_record import Job, Sweep, folder_of, name_of_run
+
+NO_IDENTITY = (*FREE_KEYS, *LENGTH_KEYS, "run.name")
+"""What may change in a run, or a run itself refuses, makes no other job unless it is swept."""
 
 DIRECTIONS = ("minimize", "maximize")
 
@@ -42,10 +45,11 @@ def sweeps() -> Iterator[None]:
         if not (_started and _started[0].has_only_failures()):
             raise
     finally:
-        for each in _started:
+        ended, _started[:] = list(_started), []
+        for each in ended:
             each.sweep.release()
-    if _started:
-        sys.exit(_started.pop().finish())
+    for each in ended:
+        sys.exit(each.finish())
 
 
 def open_sweep(config: DictConfig, loader: Any) -> "Launches":
@@ -113,7 +117,7 @@ class Launches:
         states = [job.state for job in self.asked.values()]
         failed = [job for job in self.asked.values() if job.state == "failed"]
         for job in failed:
-            print(f"failed: {job.run} {describe(job)}: {job.reason}")
+            print(f"failed: {job.run} {self.sweep.describe(job)}: {job.reason}")
         print(
             f"sweep {self.sweep.name}: {states.count('done')} of {len(states)} jobs done, "
             f"{len(failed)} failed; the output of each is in {self.sweep.folder}/<run>.log\n"
@@ -131,7 +135,11 @@ class Launches:
     def _identify(self, overrides: Sequence[str]) -> Job:
         """The job of these overrides, as far as the record knows it."""
         pairs = [override.partition("=")[::2] for override in overrides]
-        values = {key: value for key, value in pairs if key not in self.fixed}
+        swept = [key for key, _ in pairs if key not in self.fixed]
+        self.sweep.swept = list(dict.fromkeys([*self.sweep.swept, *swept]))
+        values = {
+            key: value for key, value in pairs if key in swept or not is_within(key, NO_IDENTITY)
+        }
         run = values.get("run.name") or name_of_run(self.sweep.name, values)
         names = {"run.name": run, "sweep.name": self.sweep.name}
         given = [
@@ -147,6 +155,8 @@ class Launches:
         """Compose a job's configuration; None where there is nothing to run, which is noted."""
         try:
             config = self.loader.load_sweep_config(self.config, job.overrides)
+            with read_write(config), open_dict(config):
+                del config["hydra"]
             if "group" in config.logger and config.logger.group is None:
                 config.logger.group = self.sweep.name
                 job.overrides.append(f"logger.group={self.sweep.name}")

@@ -30,7 +30,7 @@ class Job:
 
     run: str
     values: dict[str, str]
-    """What the sweep gives this job and not the others, by key."""
+    """What makes it another run than others: its overrides by key."""
     overrides: list[str]
     """Of the command line that trains it."""
     directory: str = ""
@@ -50,6 +50,8 @@ class Sweep:
     folder: Path
     objective: str = ""
     direction: str = "minimize"
+    swept: list[str] = field(default_factory=list)
+    """The keys that were given several values so far."""
     jobs: dict[str, Job] = field(default_factory=dict)
     _lock: Any = None
 
@@ -71,7 +73,12 @@ class Sweep:
         from trainers.durable_files import write_atomically
 
         jobs = [asdict(job) for job in self.jobs.values()]
-        record = {"objective": self.objective, "direction": self.direction, "jobs": jobs}
+        record = {
+            "objective": self.objective,
+            "direction": self.direction,
+            "swept": self.swept,
+            "jobs": jobs,
+        }
         write_atomically(self.folder / "sweep.json", json.dumps(record, indent=1) + "\n")
 
     def hold(self) -> None:
@@ -104,6 +111,21 @@ class Sweep:
                 return True
         return False
 
+    @property
+    def keys(self) -> list[str]:
+        """What its jobs are told apart by: what is swept, and what else differs between them."""
+        every = dict.fromkeys(key for job in self.jobs.values() for key in job.values)
+        differing = [
+            key for key in every if len({job.values.get(key) for job in self.jobs.values()}) > 1
+        ]
+        return list(dict.fromkeys([*self.swept, *differing]))
+
+    def describe(self, job: Job) -> str:
+        """What is particular to a job, by keys as short as they can be."""
+        names = short_names(self.keys)
+        given = [key for key in names if key in job.values]
+        return " ".join(f"{names[key]}={job.values[key]}" for key in given)
+
     def log(self, job: Job) -> Path:
         """Where a job's output goes."""
         return self.folder / f"{job.run}.log"
@@ -123,7 +145,7 @@ class Sweep:
             text += f": {job.reason}"
         done = sum(each.state in ("done", "failed") for each in self.jobs.values())
         Console().print(
-            f"[{done}/{len(self.jobs)}] {job.run} {describe(job)}: {text}",
+            f"[{done}/{len(self.jobs)}] {job.run} {self.describe(job)}: {text}",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -162,12 +184,6 @@ def read_objective(run: RunDirectory, objective: str) -> float:
 def objectives_in(summary: dict[str, Any]) -> list[str]:
     """Names of the values that runs can be compared by."""
     return [key for key, value in summary.items() if isinstance(value, int | float)]
-
-
-def describe(job: Job) -> str:
-    """The values of a job, by keys as short as they can be."""
-    names = short_names(list(job.values))
-    return " ".join(f"{names[key]}={value}" for key, value in job.values.items())
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:

@@ -101,7 +101,9 @@ def test_devices_are_divided_among_jobs(sweep, job, tmp_path, monkeypatch):
     seen = [starts(each)[0]["environment"]["CUDA_VISIBLE_DEVICES"] for each, _ in jobs]
     assert sorted(seen[:2]) == ["0,1", "GPU-x,7"]
     assert seen[2] in seen[:2]
-    with pytest.raises(ValueError, match=r"sweep\.jobs=3 .* need 6 devices, and 4 .* sweep\.jobs=2"):
+    with pytest.raises(
+        ValueError, match=r"sweep\.jobs=3 .* need 6 devices, and 4 .* sweep\.jobs=2"
+    ):
         run_here(sweep, jobs, [], 3)
 
 
