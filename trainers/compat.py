@@ -82,8 +82,9 @@ def _single_among_many(launch: Launch) -> Facts:
     "node with cluster.rendezvous=<one of them>:29500, or by torchrun or srun, or cluster=slurm"
 )
 def _nodes_without_ranks(launch: Launch) -> Facts:
-    nodes = launch.config["cluster"]["nodes"]
-    return None if nodes == 1 or "RANK" in os.environ else {"nodes": nodes}
+    nodes, name = launch.config["cluster"]["nodes"], launch.config["cluster"]["name"]
+    is_to_be_a_job = name == "slurm" and "SLURM_JOB_ID" not in os.environ
+    return None if nodes == 1 or "RANK" in os.environ or is_to_be_a_job else {"nodes": nodes}
 
 
 @rule(
