@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from launch import runtime
+from launch import cluster, runtime
 from launch.resume_rules import FREE_KEYS, LENGTH_KEYS, is_within, refuse_changes
 from launch.run_directory import RunDirectory
 from launch.run_home import directory_of
@@ -174,6 +174,12 @@ class Launches:
         return config
 
     def _run(self, missing: list[tuple[Job, DictConfig]]) -> None:
+        at_once = self.config.sweep.jobs
+        if self.config.cluster.name == "slurm":
+            from launch.sweep_array import run_as_array
+
+            run_as_array(self.sweep, missing, at_once)
+            return
         hydra = self.config.hydra
         flags = [
             f"--config-dir={source.path}"
@@ -183,11 +189,11 @@ class Launches:
         if hydra.job.config_name != "train":
             flags.append(f"--config-name={hydra.job.config_name}")
         flags += [each for each in hydra.overrides.hydra if not each.startswith("hydra.mode=")]
-        run_here(self.sweep, missing, flags, self.config.sweep.jobs)
+        run_here(self.sweep, missing, flags, at_once)
 
 
 def _check(config: DictConfig) -> None:
-    if runtime.is_rank():
+    if cluster.is_rank() or cluster.starter() != "somebody":
         raise ValueError(
             "-m -> each of the ranks that torchrun or srun has started would run the whole sweep "
             "-> start it by `python -m launch.train -m`; its jobs have ranks of their own"

@@ -30,7 +30,6 @@ class Running:
     job: Job
     process: subprocess.Popen[bytes]
     devices: list[str]
-    began: float
 
 
 def run_here(
@@ -54,7 +53,7 @@ def run_here(
     for job, config in jobs:
         _check_room(job, config, at_once, devices)
     waiting, running, told = list(jobs), list[Running](), 0
-    with _noticing_signals() as signals:
+    with noticing_signals() as signals:
         try:
             while running or (waiting and not signals):
                 while waiting and len(running) < at_once and not signals:
@@ -66,7 +65,7 @@ def run_here(
                 for each in [each for each in running if each.process.poll() is not None]:
                     running.remove(each)
                     devices += each.devices
-                    note_end(sweep, each.job, each.process.returncode, each.began)
+                    note_end(sweep, each.job, each.process.returncode)
         finally:  # an error of ours
             _pass_on(signal.SIGKILL, running)
     if signals:
@@ -103,7 +102,8 @@ def _start(
     free_devices: list[str],
 ) -> Running:
     devices = [free_devices.pop(0) for _ in range(config.trainer.devices) if free_devices]
-    sweep.note(job, "running", reason="")
+    status = RunDirectory(Path(job.directory)).status
+    sweep.note(job, "running", reason="", slurm_job=None, began=time.time(), status_before=status)
     command = [sys.executable, *PROGRAM, *flags, "hydra.mode=RUN", *job.overrides]
     with sweep.log(job).open("ab") as log:
         process = subprocess.Popen(
@@ -116,7 +116,7 @@ def _start(
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
-    return Running(job, process, devices, time.time())
+    return Running(job, process, devices)
 
 
 def _environment(num_processes: int, devices: list[str]) -> dict[str, str]:
@@ -130,10 +130,10 @@ def _environment(num_processes: int, devices: list[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _noticing_signals() -> Iterator[list[int]]:
+def noticing_signals() -> Iterator[list[int]]:
     """Collect signals to stop instead of being interrupted by them."""
     signals: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
     before = {
         each: signal.signal(each, lambda number, frame: signals.append(number)) for each in numbers
     }
@@ -149,16 +149,22 @@ def _pass_on(number: signal.Signals, running: list[Running]) -> None:
         each.process.send_signal(number)
 
 
-def note_end(sweep: Sweep, job: Job, code: int, began: float) -> None:
-    """Note how a job has ended, by its exit code and what its run directory says."""
-    run = RunDirectory(Path(job.directory))
-    seconds = job.seconds + time.time() - began
+def note_end(sweep: Sweep, job: Job, code: int, ended: str = "") -> None:
+    """Note how a job has ended.
+
+    Args:
+        sweep: The record.
+        job: Has been running.
+        code: Its exit code.
+        ended: What else is known of its end, where it could not say so itself.
+    """
+    seconds = job.seconds + time.time() - job.began
     if code == DONE:
         note_done(sweep, job, seconds)
-    elif code == PREEMPTED or code == -signal.SIGTERM:  # before it could handle signals
+    elif code in (PREEMPTED, -signal.SIGTERM):  # the latter before it could handle signals
         sweep.note(job, "preempted", seconds=seconds, reason="")
     else:
-        reason = _reason(sweep, job, code, run.status if run.status.get("time", 0) > began else {})
+        reason = _reason(sweep, job, code, ended)
         sweep.note(job, "failed", seconds=seconds, reason=reason, objective=None)
 
 
@@ -174,13 +180,14 @@ def note_done(sweep: Sweep, job: Job, seconds: float) -> None:
     sweep.note(job, "done", seconds=seconds, reason="", objective=objective, steps=steps)
 
 
-def _reason(sweep: Sweep, job: Job, code: int, status: dict[str, str]) -> str:
-    if status.get("state") == "failed":
+def _reason(sweep: Sweep, job: Job, code: int, ended: str) -> str:
+    status, log = RunDirectory(Path(job.directory)).status, sweep.log(job)
+    if status != job.status_before and status.get("state") == "failed":
         return status["reason"]
-    output = sweep.log(job).read_text(errors="replace").strip()
+    output = log.read_text(errors="replace").strip() if log.exists() else ""
     if "error: " in output:
         said = output.rpartition("\nerror: ")[2].removeprefix("error: ")
         return " ".join(said.split())
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    return (output.splitlines() or ["no output"])[-1]
+    return ended or (output.splitlines() or ["no output"])[-1]

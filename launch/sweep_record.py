@@ -41,6 +41,9 @@ class Job:
     """Of all its launches."""
     reason: str = ""
     slurm_job: str | None = None
+    began: float = 0.0
+    """Its last launch, and the run's status before that."""
+    status_before: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
