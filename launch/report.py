@@ -123,7 +123,7 @@ def _collect_runs(config: DictConfig) -> Sweep:
     folder.mkdir(parents=True, exist_ok=True)
     sweep = Sweep(folder, objective=first.checkpoints.monitor)
     for run in runs:
-        flat = flatten(OmegaConf.to_container(run.config, resolve=True))
+        flat = flatten(OmegaConf.to_container(run.config, resolve=False))
         values = {key: str(flat.get(key)) for key in sorted(differing)}
         sweep.jobs[run.path.name] = Job(run.path.name, values, [], directory=str(run.path))
         job = sweep.jobs[run.path.name]

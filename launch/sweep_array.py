@@ -1,6 +1,7 @@
 """Jobs of a sweep as tasks of an array of Slurm's, and what has become of each.
 
-How a job ends is read in its run directory, which the nodes share with this machine. Slurm says when.
+How a job has ended is read in its run directory, which the nodes share with this machine; Slurm
+says when.
 """
 
 import json
