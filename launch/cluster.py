@@ -34,11 +34,6 @@ def starter() -> str:
     return "srun" if _num_tasks() > 1 else "somebody"
 
 
-def is_submission(config: DictConfig) -> bool:
-    """Whether this command is to make a job of the run, and is not in one."""
-    return config.cluster.name == "slurm" and "SLURM_JOB_ID" not in os.environ
-
-
 def adopt(config: DictConfig) -> None:
     """Say in torch's words what `srun` says in its own, and which network interface to use."""
     for variable in INTERFACE_VARIABLES if config.cluster.interface else ():

@@ -68,7 +68,8 @@ def python_command(config: DictConfig) -> str:
 def _refuse_contradictions(asked: DictConfig) -> None:
     if asked.container.runtime not in ("pyxis", "apptainer"):
         raise ValueError(
-            f"cluster.container.runtime={asked.container.runtime} -> unknown -> use pyxis or apptainer"
+            f"cluster.container.runtime={asked.container.runtime} -> unknown -> "
+            "use pyxis or apptainer"
         )
     if asked.time_minutes is not None and asked.time_minutes * 60 <= asked.signal_ahead_s:
         raise ValueError(
@@ -80,8 +81,8 @@ def _refuse_contradictions(asked: DictConfig) -> None:
         name = str(option).replace("_", "-")
         if name in OWN_KEYS:
             raise ValueError(
-                f"cluster.sbatch.{option}={asked.sbatch[option]} -> another key decides this option "
-                f"-> use {OWN_KEYS[name]}"
+                f"cluster.sbatch.{option}={asked.sbatch[option]} -> another key is for this "
+                f"option -> use {OWN_KEYS[name]}"
             )
 
 

@@ -8,7 +8,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -71,19 +71,67 @@ def submit(config: DictConfig) -> int:
             "submitted, or leave cluster=slurm out to train here"
         )
     with run.lock():
+        _refuse_changes(run, config)
         if run.is_done(config):
             print_summary(run)
             return runtime.DONE
-        _refuse_changes(run, config)
         _refuse_second_job(run)
         before = run.status
-        job = _submit(executor, rank, config)
-        (run.path / "job.json").write_text(json.dumps({"job": job.job_id}) + "\n")
-    log = Path(job.paths.stdout)
+        (job,) = _submit(executor, [rank], config)
+        _note_job(run, job, run.path.name)
     tasks = f"{config.cluster.nodes} node(s) with {config.trainer.devices} rank(s) each"
     print(f"run {run.path.name}: submitted as job {job.job_id}, {tasks}")
-    print(f"follow: {_follow_command(log)}\ncancel: scancel {job.job_id}", flush=True)
+    print(f"follow: {_follow_command(job.paths.stdout)}")
+    print(f"cancel: scancel {job.job_id}", flush=True)
+    log = Path(job.paths.stdout)
     return _wait(run, job.job_id, log, before) if config.cluster.wait else runtime.DONE
+
+
+def submit_array(name: str, configs: Sequence[DictConfig], folder: Path, at_once: int) -> list[str]:
+    """Submit several runs as one array of jobs, which all ask Slurm for the same.
+
+    Args:
+        name: Of the array.
+        configs: Of the runs.
+        folder: Where the script and the output of the jobs go.
+        at_once: How many of them may run at a time.
+
+    Returns:
+        The jobs' numbers, `<array>_<index>`.
+
+    Raises:
+        ValueError: A run, or the array, cannot be as asked.
+    """
+    ranks = [Rank(OmegaConf.to_yaml(config)) for config in configs]
+    runs, asked = [check_run(config) for config in configs], []
+    for config in configs:
+        asked.append(job_script.parameters(config) | {"job_name": name})
+        if asked[0] != asked[-1]:
+            other = next(key for key in asked[0] if asked[0][key] != asked[-1][key])
+            raise ValueError(
+                f"run.name={config.run.name} -> it asks for {other}={asked[-1][other]}, and the "
+                f"first job of this array for {asked[0][other]} -> submit it by itself"
+            )
+    executor = _executor(configs[0], folder)
+    executor.update_parameters(job_name=name, array_parallelism=at_once)
+    jobs = _submit(executor, ranks, configs[0])
+    for run, job in zip(runs, jobs, strict=True):
+        _note_job(run, job, name)
+    return [job.job_id for job in jobs]
+
+
+def check_run(config: DictConfig) -> RunDirectory:
+    """Check what can be, of a run that is to wait in a queue.
+
+    Raises:
+        ValueError: It cannot be as asked.
+    """
+    _plan(config)
+    run = directory_of(config)
+    with run.lock():
+        _refuse_changes(run, config)
+        _refuse_second_job(run)
+    return run
 
 
 def _plan(config: DictConfig) -> None:
@@ -141,24 +189,29 @@ def _refuse_changes(run: RunDirectory, config: DictConfig) -> None:
 def _refuse_second_job(run: RunDirectory) -> None:
     if not (run.path / "job.json").exists():
         return
-    job_id = json.loads((run.path / "job.json").read_text())["job"]
-    job = slurm_jobs.look_up(job_id)
+    noted = json.loads((run.path / "job.json").read_text())
+    job = slurm_jobs.look_up(noted["job"])
     # Numbers begin anew now and then, and clusters that share a home count for themselves.
-    if job and job.name == run.path.name and not job.is_over:
-        log = run.path / "logs" / "slurm" / f"{job_id}_0_log.out"
+    if job and job.name == noted["name"] and not job.is_over:
         raise ValueError(
-            f"run.name={run.path.name} -> it is job {job_id} already, {job} -> follow it by "
-            f"`{_follow_command(log)}`, end it by `scancel {job_id}`, or choose another run.name"
+            f"run.name={run.path.name} -> it is job {noted['job']} already, {job} -> follow it by "
+            f"`{_follow_command(noted['log'])}`, end it by `scancel {noted['job']}`, or choose "
+            "another run.name"
         )
 
 
-def _submit(executor: Any, rank: Rank, config: DictConfig) -> Any:
+def _note_job(run: RunDirectory, job: Any, name: str) -> None:
+    noted = {"job": job.job_id, "name": name, "log": str(job.paths.stdout)}
+    (run.path / "job.json").write_text(json.dumps(noted) + "\n")
+
+
+def _submit(executor: Any, ranks: list[Rank], config: DictConfig) -> list[Any]:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
-        # submitit prints what sbatch says, and raises it too.
-        with _leaving_nothing_in(executor.folder), redirect_stderr(StringIO()):
-            return executor.submit(rank)
+        # submitit prints what sbatch says, and raises it too; a batch is submitted at its end.
+        with _leaving_nothing_in(executor.folder), redirect_stderr(StringIO()), executor.batch():
+            return [executor.submit(rank) for rank in ranks]
     except (FailedJobError, FailedSubmissionError) as error:
         raise ValueError(_explain(str(error), config)) from error
 
@@ -187,7 +240,7 @@ def _explain(refusal: str, config: DictConfig) -> str:
     return f"cluster=slurm -> {said} -> mend that; cluster.dry_run=true shows what was asked for"
 
 
-def _follow_command(log: Path) -> str:
+def _follow_command(log: str | Path) -> str:
     return f"tail -F {shlex.quote(str(log))}"
 
 

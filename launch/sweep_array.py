@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from launch import job_script, slurm_jobs, submission
 from launch.meeting import wait_until
@@ -41,10 +41,15 @@ def run_as_array(sweep: Sweep, jobs: Jobs, at_once: int) -> None:
         ValueError: They cannot be submitted.
     """
     queue = _read_queue()
-    new = [(job, config) for job, config in jobs if job.slurm_job not in queue]
+    waiting = [job for job, _ in jobs if job.slurm_job in queue]
+    new = [
+        (job, config)
+        for job, config in jobs
+        if job not in waiting and _is_sound(sweep, job, config)
+    ]
     for group in _by_resources(new):
         _submit(sweep, group, at_once)
-    waiting, told = [job for job, _ in jobs], 0
+    waiting, told = [*waiting, *(job for job, _ in new)], 0
     with noticing_signals() as signals:
         while waiting:
             time.sleep(slurm_jobs.POLL_S)
@@ -58,6 +63,15 @@ def run_as_array(sweep: Sweep, jobs: Jobs, at_once: int) -> None:
         raise StoppedError(signal.Signals(signals[0]).name)
 
 
+def _is_sound(sweep: Sweep, job: Job, config: DictConfig) -> bool:
+    try:
+        submission.check_run(config)
+    except ValueError as error:
+        sweep.note(job, "failed", reason=" ".join(str(error).split()), objective=None)
+        return False
+    return True
+
+
 def _by_resources(jobs: Jobs) -> list[Jobs]:
     """The tasks of an array all get the same; jobs that ask for other nodes are another array."""
     groups: dict[str, Jobs] = {}
@@ -68,21 +82,17 @@ def _by_resources(jobs: Jobs) -> list[Jobs]:
 
 
 def _submit(sweep: Sweep, jobs: Jobs, at_once: int) -> None:
-    config = jobs[0][1]
-    executor = submission.executor_of(config, sweep.folder / "slurm")
-    executor.update_parameters(job_name=sweep.name, array_parallelism=at_once)
-    ranks = [submission.Rank(OmegaConf.to_yaml(config)) for _, config in jobs]
-    for (job, _), submitted in zip(
-        jobs, submission.submit_all(executor, ranks, config), strict=True
-    ):
+    folder, configs = sweep.folder / "slurm", [config for _, config in jobs]
+    numbers = submission.submit_array(sweep.name, configs, folder, at_once)
+    for (job, _), number in zip(jobs, numbers, strict=True):
+        run = RunDirectory(Path(job.directory))
+        job.slurm_job, job.began, job.status_before = number, time.time(), run.status
         log = sweep.log(job)
         log.unlink(missing_ok=True)
-        log.symlink_to(Path(submitted.paths.stdout).resolve())
-        status = RunDirectory(Path(job.directory)).status
-        job.slurm_job, job.began, job.status_before = submitted.job_id, time.time(), status
+        log.symlink_to((folder / f"{number}_0_log.out").resolve())
     sweep.write()
-    numbers = dict.fromkeys(str(job.slurm_job).partition("_")[0] for job, _ in jobs)
-    print(f"sweep {sweep.name}: {len(jobs)} jobs submitted as {', '.join(numbers)}", flush=True)
+    array = numbers[0].partition("_")[0]
+    print(f"sweep {sweep.name}: {len(jobs)} job(s) submitted as {array}", flush=True)
 
 
 def _read_queue() -> dict[str, str]:

@@ -11,12 +11,13 @@ from launch.run_directory import RunDirectory
 from launch.run_home import directory_of, home_of
 from launch.summary import print_summary, summarize
 from launch.sweep import sweeps
+from trainers.rules import is_submission
 
 
 def train(config: DictConfig) -> int:
     """Train the run that the configuration names, or continue it."""
     runtime.refuse_unknown_keys(config, "train")
-    if cluster.is_submission(config):
+    if is_submission(config):
         return submission.submit(config)
     cluster.adopt(config)
     if ranks.are_of_nodes(config):

@@ -15,7 +15,7 @@ from typing import Any
 
 from trainers.batch_plan import IMAGES_KEY
 from trainers.limits import check_values
-from trainers.rules import RULES, Facts, Launch, rule
+from trainers.rules import RULES, Facts, Launch, is_submission, rule
 from trainers.strategies.deepspeed_settings import DECIDED_ELSEWHERE, KNOWN, UNUSABLE
 
 ZERO = "zero1, zero2, zero3, zero3_offload"
@@ -82,9 +82,9 @@ def _single_among_many(launch: Launch) -> Facts:
     "node with cluster.rendezvous=<one of them>:29500, or by torchrun or srun, or cluster=slurm"
 )
 def _nodes_without_ranks(launch: Launch) -> Facts:
-    nodes, name = launch.config["cluster"]["nodes"], launch.config["cluster"]["name"]
-    is_to_be_a_job = name == "slurm" and "SLURM_JOB_ID" not in os.environ
-    return None if nodes == 1 or "RANK" in os.environ or is_to_be_a_job else {"nodes": nodes}
+    nodes = launch.config["cluster"]["nodes"]
+    has_starter = "RANK" in os.environ or is_submission(launch.config)
+    return None if nodes == 1 or has_starter else {"nodes": nodes}
 
 
 @rule(
