@@ -121,12 +121,16 @@ class Launches:
         print(
             f"sweep {self.sweep.name}: {states.count('done')} of {len(states)} jobs done, "
             f"{len(failed)} failed; the output of each is in {self.sweep.folder}/<run>.log\n"
-            f"as a picture: python -m launch.report sweep={self.sweep.name}",
+            f"as a picture: python -m launch.report sweep={self.sweep.name}{self._folders()}",
             flush=True,
         )
         if failed:
             return runtime.FAILED
         return runtime.PREEMPTED if "preempted" in states else runtime.DONE
+
+    def _folders(self) -> str:
+        names = ("runs_dir", "local_runs_dir")
+        return "".join(f" {name}={self.config[name]}" for name in names if name in self.fixed)
 
     def has_only_failures(self) -> bool:
         """Whether jobs were run, and none gave an objective."""

@@ -53,7 +53,7 @@ def run_as_array(sweep: Sweep, jobs: Jobs, at_once: int) -> None:
     with noticing_signals() as signals:
         while waiting:
             time.sleep(slurm_jobs.POLL_S)
-            with suppress(subprocess.CalledProcessError):  # a controller that restarts
+            with suppress(subprocess.SubprocessError):  # a controller that restarts
                 queue = _read_queue()
                 for _ in signals[told:]:
                     _cancel(waiting, queue, gently=not told)
@@ -116,7 +116,10 @@ def _has_ended(sweep: Sweep, job: Job, queue: dict[str, str]) -> bool:
         sweep.note(job, "running", began=time.time(), reason="")
     if state is not None:
         return False
-    slurm_job = slurm_jobs.look_up(str(job.slurm_job))
+    try:
+        slurm_job = slurm_jobs.look_up(str(job.slurm_job))
+    except ValueError:  # as above
+        return False
     if slurm_job and not slurm_job.is_over:  # between two starts
         return False
     run = RunDirectory(Path(job.directory))

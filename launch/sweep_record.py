@@ -67,7 +67,7 @@ class Sweep:
     def read(cls, folder: Path) -> "Sweep":
         """What is recorded in `folder`; an empty record where nothing is."""
         path = folder / "sweep.json"
-        written = json.loads(path.read_text()) if path.exists() else {"jobs": []}
+        written: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"jobs": []}
         jobs = {job["run"]: Job(**job) for job in written.pop("jobs")}
         return cls(folder, jobs=jobs, **written)
 
@@ -148,7 +148,7 @@ class Sweep:
             text += f": {job.reason}"
         done = sum(each.state in ("done", "failed") for each in self.jobs.values())
         Console().print(
-            f"[{done}/{len(self.jobs)}] {job.run} {self.describe(job)}: {text}",
+            f"[{done}/{len(self.jobs)}] {' '.join([job.run, self.describe(job)]).strip()}: {text}",
             markup=False,
             highlight=False,
             soft_wrap=True,

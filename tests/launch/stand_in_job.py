@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-given = dict(each.partition("=")[::2] for each in sys.argv[1:])
+given: dict[str, str] = dict(each.split("=", 1) for each in sys.argv[1:])
 run = Path(given["runs_dir"], given["run.name"])
 run.mkdir(parents=True, exist_ok=True)
 with (run / "starts.jsonl").open("a") as file:

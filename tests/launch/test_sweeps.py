@@ -8,6 +8,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from launch import sweep as sweep_module
+from launch.report import in_order
 from launch.run_directory import RunDirectory
 from launch.sweep_processes import note_done
 from launch.sweep_record import Sweep, name_of_run
@@ -19,26 +20,27 @@ def rate(config):
     return float(config.module.optimizer.lr)
 
 
-def run_dry(objective, fails=()):
+class DryRun:
     """What runs jobs in place of processes; knows which it has run."""
 
-    def run(sweep, jobs, flags, at_once):
-        run.flags, run.at_once = flags, at_once
+    def __init__(self, objective, fails):
+        self.objective, self.fails = objective, fails
+        self.started, self.configs, self.output = [], {}, None
+
+    def __call__(self, sweep, jobs, flags, at_once):
+        self.flags, self.at_once = flags, at_once
         for job, config in jobs:
-            run.started.append(job.run)
-            run.configs[job.run] = config
-            if job.values.get(LR) in fails:
+            self.started.append(job.run)
+            self.configs[job.run] = config
+            if job.values.get(LR) in self.fails:
                 sweep.note(job, "failed", reason="made to fail")
                 continue
-            directory = RunDirectory(sweep.folder.parent.parent / job.run)
-            directory.path.mkdir(parents=True, exist_ok=True)
-            directory.accept(config)
-            directory.write_summary({"step": 7, "val/loss": objective(config)})
-            directory.write_status("done")
+            run = RunDirectory(sweep.folder.parent.parent / job.run)
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.accept(config)
+            run.write_summary({"step": 7, "val/loss": self.objective(config)})
+            run.write_status("done")
             note_done(sweep, job, 1.0)
-
-    run.started, run.configs = [], {}
-    return run
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def sweep_at(tmp_path, monkeypatch, capfd):
     def sweep(*overrides, experiment="gpt_char_cpu", objective=rate, fails=()):
         from launch.train import main
 
-        dry = run_dry(objective, fails)
+        dry = DryRun(objective, fails)
         with monkeypatch.context() as patch:
             patch.setattr(sweep_module, "run_here", dry)
             patch.setattr(sys, "argv", ["train", "-m", *overrides, f"experiment={experiment}"])
@@ -235,7 +237,7 @@ def test_optuna_finds_the_better_half(sweep_at, tmp_path):
 
     # The first ten are drawn at random; half of the space is better than the other.
     assert share_of_better(found[10:]) > max(0.75, share_of_better(found[:10]))
-    best = min(recorded(tmp_path).jobs.values(), key=lambda job: job.objective)
+    best = in_order(recorded(tmp_path))[0]
     assert abs(math.log10(float(best.values[LR])) + 2) < 0.5
     assert best.values["module.network.width"] == "128"
     assert (tmp_path / "runs/sweeps/s/optimization_results.yaml").exists()
