@@ -32,10 +32,8 @@ class Slurm:
             if not states:
                 continue
             state = states.pop(0)
-            if callable(state):
-                state()
-            else:
-                queue[number] = state
+            if said := state() if callable(state) else state:
+                queue[number] = said
         return queue
 
     def cancel(self, jobs, queue, *, gently):
@@ -142,6 +140,7 @@ def test_signal_cancels_gently_first(array, tmp_path, monkeypatch):
 
     def interrupt():
         os.kill(os.getpid(), signal.SIGTERM)
+        return "RUNNING"
 
     cancelled = slurm_jobs.Job("s", "CANCELLED", "", "")
     monkeypatch.setattr(slurm_jobs, "look_up", lambda job: cancelled)
