@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -61,13 +61,15 @@ class Ending:
 
 
 def verb(
-    config_name: str, say_end: Callable[[Ending], None] = lambda ending: None
+    config_name: str,
+    say_end: Callable[[Ending], None] = lambda ending: None,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Callable[[Verb], Callable[[], None]]:
     """Make a function of a configuration the program of `conf/<config_name>.yaml`.
 
     What users can mend (an error in the form key -> why -> remedy, an override that does not
     compose) is printed as one message without a traceback. The exit code is what the function
-    returns: 0 done, 75 preempted, 1 failed. `say_end` has the last word.
+    returns: 0 done, 75 preempted, 1 failed. `say_end` has the last word; Hydra works within `around`.
     """
 
     def decorate(function: Verb) -> Callable[[], None]:
@@ -87,8 +89,9 @@ def verb(
                 version_base=None, config_path="pkg://conf", config_name=config_name
             )
             try:
-                compose(job)()
-            except (StoppedError, HydraException, OmegaConfBaseException) as error:
+                with around():
+                    compose(job)()
+            except (StoppedError, Exception) as error:
                 ended["error"] = error
             code, problem = ended.get("code") or DONE, None
             if "error" in ended:
@@ -174,7 +177,8 @@ def explain(error: BaseException, config_name: str) -> str | None:
         chain = chain.__cause__ or chain.__context__
     text = str(error)
     if found := re.search(r"Could not find '([^']+)'", text):
-        option, options = found[1], re.findall(r"^\t(.+)$", text, re.MULTILINE)
+        listed = text.partition("Config search path")[0]
+        option, options = found[1], re.findall(r"^\t(.+)$", listed, re.MULTILINE)
         group, _, choice = option.rpartition("/")
         return f"{group}={choice} -> there is none of that name -> {_suggest(choice, options)}"
     if found := re.search(r"Could not override '([^']+)'", text):

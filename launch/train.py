@@ -11,6 +11,7 @@ from launch.meeting import meet
 from launch.run_directory import RunDirectory
 from launch.run_home import directory_of, home_of
 from launch.summary import print_summary, summarize
+from launch.sweep import sweeps
 from trainers.rules import is_submission
 
 
@@ -82,7 +83,7 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
     return runtime.DONE
 
 
-main = runtime.verb("train", last_line.say_end)(train)
+main = runtime.verb("train", last_line.say_end, around=sweeps)(train)
 
 if __name__ == "__main__":
     main()
