@@ -17,8 +17,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.gan_cells import COMMON, GANS, write_images
+from launch.completion import complete
 from launch.run_directory import RunDirectory
-from launch.train import complete
 from trainers.checkpoint import load_weights
 from trainers.metrics import read_metrics
 

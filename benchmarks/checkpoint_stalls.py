@@ -34,9 +34,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cells import start_ranks, write_text
+from launch.completion import complete
 from launch.ranks import die_with_parent
 from launch.run_directory import RunDirectory
-from launch.train import complete, fit
+from launch.train import fit
 from trainers.callbacks.checkpointing import Checkpointing, writer_of
 from trainers.checkpoint import list_checkpoints, size_of
 

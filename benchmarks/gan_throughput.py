@@ -46,8 +46,9 @@ from torch import Tensor
 from benchmarks.gan_peers import ExampleSide, OurRoundSide, PlainSide
 from benchmarks.turns import clocks
 from launch import runtime
+from launch.completion import complete
 from launch.run_directory import RunDirectory
-from launch.train import complete, fit
+from launch.train import fit
 from modules.gan_average import to_floats
 
 BATCH = 64

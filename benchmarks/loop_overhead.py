@@ -38,7 +38,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from launch import runtime
-from launch.train import complete
+from launch.completion import complete
 from trainers.build import build_trainer
 from trainers.strategies.replicated import Single
 

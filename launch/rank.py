@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from launch import runtime
+from launch.cluster import code_for_starter
 from launch.ranks import die_with_parent
 from launch.run_directory import RunDirectory, StoppedError
 from launch.train import fit
@@ -16,7 +17,7 @@ def main() -> int:
     run = RunDirectory(Path(sys.argv[1]))
     try:
         with run.noting_failed_start():
-            return fit(run, run.config)
+            return code_for_starter(fit(run, run.config))
     except StoppedError:
         return runtime.PREEMPTED
     except Exception as error:

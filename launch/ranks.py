@@ -4,7 +4,11 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
+from omegaconf import DictConfig
+
+from launch.cluster import is_rank, node_range
 from launch.run_directory import RunDirectory
 from launch.runtime import DONE, FAILED, PREEMPTED
 
@@ -17,38 +21,83 @@ KILLED_BY = {
 """What to look for after a signal."""
 
 
-def start(run: RunDirectory, num_ranks: int) -> int:
-    """Run `launch.rank` for an accepted run on every device, by torch's elastic agent.
+def start(run: RunDirectory, num_ranks: int, max_restarts: int) -> int:
+    """Run `launch.rank` for an accepted run on every device of this machine.
 
     Rank 0 shares this terminal; the others write to `<run directory>/logs`.
+
+    Args:
+        run: The run.
+        num_ranks: One for each device.
+        max_restarts: How often all are started anew, from the newest checkpoint, after one failed.
 
     Returns:
         The run's exit code.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+
+    (run.path / "logs").mkdir(exist_ok=True)
+    logs = DefaultLogsSpecs(
+        log_dir=str(run.path / "logs"), redirects=dict.fromkeys(range(1, num_ranks), Std.ALL)
+    )
+    alone = {"min_nodes": 1, "max_nodes": 1, "rdzv_endpoint": "localhost:0"}
+    return _run_agent(
+        run,
+        ["-P", "-m", "launch.rank", str(run.path)],
+        _rank_environment(num_ranks),
+        nproc_per_node=num_ranks,
+        max_restarts=max_restarts,
+        logs_specs=logs,
+        local_addr="127.0.0.1",
+        **alone,
+    )
+
+
+def are_of_nodes(config: DictConfig) -> bool:
+    """Whether this command is to start the ranks of its node, in a run over several."""
+    return not is_rank() and config.cluster.rendezvous is not None
+
+
+def start_on_node(run: RunDirectory, config: DictConfig) -> int:
+    """Start this node's ranks by the command that this is, as torchrun would; they meet the others.
+
+    Returns:
+        The run's exit code.
+    """
+    fewest, most = node_range(config)
+    # The store of an agent outlives a start, and nodes that come later do not learn where it is.
+    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return _run_agent(
+        run,
+        ["-P", "-m", "launch.train", *sys.argv[1:]],
+        _rank_environment(config.trainer.devices) | fresh,
+        min_nodes=fewest,
+        max_nodes=most,
+        nproc_per_node=config.trainer.devices,
+        rdzv_endpoint=config.cluster.rendezvous,
+        rdzv_configs={"timeout": config.cluster.rendezvous_timeout_s},
+        max_restarts=config.cluster.max_restarts,
+    )
+
+
+def _run_agent(
+    run: RunDirectory, command: list[str], environment: dict[str, str], **options: Any
+) -> int:
+    """Run a Python command on all ranks by torch's elastic agent, and find out how it ended."""
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    (run.path / "logs").mkdir(exist_ok=True)
     before = dict(os.environ)
-    os.environ |= _rank_environment(num_ranks)
+    os.environ |= environment
     try:
         agent = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=num_ranks,
             run_id=run.path.name,
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(
-                log_dir=str(run.path / "logs"),
-                redirects=dict.fromkeys(range(1, num_ranks), Std.ALL),
-            ),
-            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+            **options,
         )
-        elastic_launch(agent, sys.executable)("-P", "-m", "launch.rank", str(run.path))
+        elastic_launch(agent, sys.executable)(*command)
     except SignalException as error:
         return _code_after_signal(run, str(error))
     except ChildFailedError as error:
@@ -57,7 +106,7 @@ def start(run: RunDirectory, num_ranks: int) -> int:
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return DONE
+    return PREEMPTED if run.status.get("state") == "preempted" else DONE
 
 
 def _rank_environment(num_ranks: int) -> dict[str, str]:
@@ -77,7 +126,7 @@ def _code_after_failure(run: RunDirectory, rank: int, exitcode: int) -> int:
     """Say which rank ended the run and why; the others fail after it, with less to tell."""
     if exitcode == PREEMPTED:
         return PREEMPTED
-    logs = (run.path / "logs").glob(f"*/attempt_0/{rank}/stderr.log")
+    logs = (run.path / "logs").glob(f"*/attempt_*/{rank}/stderr.log")
     log = max(logs, key=os.path.getmtime) if rank else None
     status = run.status
     if exitcode < 0:

@@ -194,29 +194,6 @@ def say_once(*notes: str) -> None:
             print(f"note: {note}", file=sys.stderr, flush=True)
 
 
-def is_rank() -> bool:
-    """Whether somebody else (torchrun) started this process as one of several ranks."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def world_size(config: DictConfig) -> int:
-    """Ranks of this launch.
-
-    Raises:
-        ValueError: torchrun started another number than the configuration asks for.
-    """
-    if not is_rank():
-        return config.trainer.devices * config.cluster.nodes
-    ranks, per_node = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    asked = (config.trainer.devices, config.cluster.nodes)
-    if asked != (per_node, ranks // per_node):
-        raise ValueError(
-            f"trainer.devices={asked[0]} cluster.nodes={asked[1]} -> torchrun started {per_node} "
-            f"rank(s) on each of {ranks // per_node} node(s) -> give the same numbers to both"
-        )
-    return ranks
-
-
 def plain(config: DictConfig) -> dict[str, Any]:
     """The configuration as a dictionary, interpolations resolved."""
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))

@@ -1,13 +1,12 @@
 """Train: compose, check, build, fit. The same command again continues, or says it is done."""
 
-import os
-
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from launch import ranks, runtime
-from launch.completion import complete
+from launch import cluster, ranks, runtime
+from launch.acceptance import accepted
 from launch.initial_weights import load_initial_weights
+from launch.meeting import meet
 from launch.run_directory import RunDirectory
 from launch.run_home import directory_of, home_of
 from launch.summary import print_summary, summarize
@@ -16,29 +15,16 @@ from launch.summary import print_summary, summarize
 def train(config: DictConfig) -> int:
     """Train the run that the configuration names, or continue it."""
     runtime.refuse_unknown_keys(config, "train")
-    run, num_ranks = directory_of(config), runtime.world_size(config)
-    home = home_of(run, config)
-    complete(config, num_ranks)
-    if os.environ.get("RANK", "0") != "0":  # of torchrun; SameStart compares it with rank 0
-        home.pull(str(config.checkpoint), trains=True)
-        with home.completed_at_end():
-            return runtime.DONE if run.is_done(config) else fit(run, config)
-    with run.lock(), run.noting_failed_start():
-        home.pull(str(config.checkpoint), trains=True)
-        run.compare(config)
-        run.go_back_to(str(config.checkpoint), config.resume.verify)
-        if run.is_done(config):
-            home.push()
-            print_summary(run)
+    cluster.adopt(config)
+    if ranks.are_of_nodes(config):
+        return ranks.start_on_node(directory_of(config), config)
+    run, num_ranks = directory_of(config), cluster.count_ranks(config)
+    with meet(config, num_ranks) as meeting, accepted(run, config, meeting) as is_done:
+        if is_done:
             return runtime.DONE
-        run.verify_checkpoint("last", config.resume.verify)
-        run.continuation(config)  # refuses what cannot be carried over
-        run.accept(config)
-        home.push_small_files()
-        with home.completed_at_end(), run.noting_failed_start():
-            if num_ranks > 1 and not runtime.is_rank():
-                return ranks.start(run, num_ranks)
-            return fit(run, config)
+        if num_ranks > 1 and not cluster.is_rank():
+            return ranks.start(run, num_ranks, config.cluster.max_restarts)
+        return cluster.code_for_starter(fit(run, config))
 
 
 def fit(run: RunDirectory, config: DictConfig) -> int:
@@ -52,16 +38,17 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
     from trainers.compat import check
 
     home, checkpoint = home_of(run, config), run.find_checkpoint("last")
+    num_ranks = cluster.count_ranks(config)
     torch.manual_seed(config.seed)  # for modules that draw their initial values as torch does
     module = instantiate(config.module, _convert_="all")
-    runtime.say_once(*check(config, runtime.world_size(config), module))
+    runtime.say_once(*cluster.network_notes(num_ranks), *check(config, num_ranks, module))
     datamodule = instantiate(config.datamodule, _convert_="all")
     if config.init_from and checkpoint is None:
         load_initial_weights(module, config)
     trainer = build_trainer(
         runtime.plain(config),
         run.path,
-        world_size=runtime.world_size(config),
+        world_size=num_ranks,
         **run.continuation(config),
         grad_accum=give_whole_steps(module, datamodule, config.plan.grad_accum),
         strategy=instantiate(config.strategy, _convert_="all")["make"],

@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file
 from torch.nn.functional import relu, softplus
 
-from launch.train import complete
+from launch.completion import complete
 from modules.gan import Purpose
 from modules.keyed_draws import normal, uniform
 from trainers.metrics import read_metrics

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
-from launch.train import complete
+from launch.completion import complete
 from trainers.metrics import read_metrics
 
 STEPS, BATCH, WARMUP_STEPS = 40, 8, 4

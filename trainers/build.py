@@ -1,11 +1,15 @@
 """One Lightning Trainer from a run's configuration."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.profilers import Profiler
@@ -18,7 +22,6 @@ from trainers.callbacks.preemption import Preemption
 from trainers.callbacks.previews import Previews
 from trainers.callbacks.progress import ProgressBar
 from trainers.callbacks.randomness import KeyedRandomness
-from trainers.callbacks.same_start import SameStart
 from trainers.callbacks.step_guard import StepGuard
 from trainers.callbacks.step_metrics import StepMetrics
 from trainers.callbacks.step_vote import StepVote
@@ -105,12 +108,11 @@ def build_trainer(
         log_every_n_steps=1,
         deterministic=options["deterministic"],
         profiler=profiler,
-        plugins=[writer],
+        plugins=[writer, environment()],
         logger=loggers,
         callbacks=[
             Watchdog(timeout_s=options["timeout_s"], report=report),
             *callbacks,
-            SameStart(config, resume_step=resume_step),
             KeyedRandomness(seed=config["seed"]),
             ActivationCheckpointing(config["activation_checkpointing"]),
             vote,
@@ -141,6 +143,11 @@ def resolve_accelerator(accelerator: str) -> str:
     if accelerator == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return accelerator
+
+
+def environment() -> ClusterEnvironment:
+    """Who is which rank: one, or as torch's variables say, whatever scheduler is around us."""
+    return TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()
 
 
 def _manifest_facts(config: Mapping[str, Any]) -> dict[str, Any]:

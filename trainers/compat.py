@@ -78,8 +78,8 @@ def _single_among_many(launch: Launch) -> Facts:
 
 
 @rule(
-    "cluster.nodes={nodes} -> this command starts ranks on this machine only -> start it with "
-    "torchrun on every node"
+    "cluster.nodes={nodes} -> this command starts ranks on this machine only -> run it on every "
+    "node with cluster.rendezvous=<one of them>:29500, or by torchrun or srun, or cluster=slurm"
 )
 def _nodes_without_ranks(launch: Launch) -> Facts:
     nodes = launch.config["cluster"]["nodes"]

@@ -1,7 +1,6 @@
 """A rank that dies, hangs or diverges ends the run on all ranks, with its name as the reason."""
 
 import gc
-import time
 
 import pytest
 from torch import equal
@@ -17,8 +16,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 TWO_RANKS = ["strategy=ddp", "trainer.devices=2", "checkpoints.every_steps=null"]
-SECONDS = 60
-"""In which every failure here has ended the run; all but a few are start-up on a busy machine."""
 
 CALLBACKS = '''
 import copy, os, signal, time
@@ -92,12 +89,10 @@ def at_step(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fail(small_run, train, capfd):
-    """Run two ranks that fail, in time; gives the reason, which terminal and status share."""
+    """Run two ranks that fail, before pytest's timeout; gives the reason, which all share."""
 
     def run_and_fail(*overrides):
-        began = time.monotonic()
         run = train(*small_run, *TWO_RANKS, *overrides, code=runtime.FAILED)
-        assert time.monotonic() - began < SECONDS
         assert run.status["state"] == "failed"
         assert run.status["reason"] in capfd.readouterr().err
         return run.status["reason"]

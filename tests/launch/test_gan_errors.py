@@ -8,8 +8,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from launch import runtime
+from launch.completion import complete
 from launch.prepare import prepare
-from launch.train import complete
 from tests.datamodules.by_hand import read_with_webdataset, write_index, write_tar
 from tests.launch.gan_runs import weights
 from trainers.checkpoint import list_checkpoints

@@ -9,8 +9,8 @@ from hydra.utils import instantiate
 from torch.func import functional_call
 from torch.nn.functional import softplus
 
+from launch.completion import complete
 from launch.evaluate import evaluate_run
-from launch.train import complete
 from modules.gan import Purpose
 from modules.keyed_draws import normal
 from tests.launch.gan_runs import rows, weights

@@ -88,14 +88,6 @@ def test_torchrun_continues_what_one_rank_began(small_run, train, one_rank, comm
     assert "moved: done" in again.stdout
 
 
-def test_torchrun_with_another_number_of_ranks_is_refused(small_run, compose, monkeypatch):
-    for key, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(key, value)
-    config = compose("train", [*small_run, *TWO_RANKS])
-    with pytest.raises(ValueError, match=r"trainer.devices=2 .* torchrun started 4 rank"):
-        runtime.world_size(config)
-
-
 CALLBACKS = """
 import time
 from lightning.pytorch import Callback

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import equal
 
 from launch import runtime
+from launch.completion import complete
 from launch.run_directory import RunDirectory
-from launch.train import complete
 from modules.gpt import GPT
 from trainers.callbacks.preemption import Preemption
 from trainers.checkpoint import list_checkpoints

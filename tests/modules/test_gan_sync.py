@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 
 from benchmarks.cells import start_ranks
+from launch.completion import complete
 from launch.run_directory import RunDirectory
-from launch.train import complete
 from modules.gan_norms import BatchNorm
 from tests.modules.gan_sync_ranks import CLASSES, LABELS, SIZES, differentiate, layer_of, made_up
 from trainers.checkpoint import load_weights

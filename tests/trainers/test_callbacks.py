@@ -10,7 +10,6 @@ from trainers import heartbeats
 from trainers.callbacks import watchdog
 from trainers.callbacks.checkpointing import Checkpointing
 from trainers.callbacks.randomness import KeyedRandomness
-from trainers.callbacks.same_start import SameStart
 from trainers.callbacks.step_guard import StepGuard
 from trainers.callbacks.step_metrics import PEAK_FLOPS, peak_flops
 from trainers.callbacks.step_vote import StepVote
@@ -30,22 +29,6 @@ def test_randomness_is_a_function_of_seed_step_micro_batch_and_rank():
     assert draw(3) == draw(3)
     others = [draw(4), draw(3, micro=1), draw(3, rank=1), draw(3, seed=2)]
     assert len({draw(3), *others}) == 5
-
-
-def same_start(config, everyone):
-    callback = SameStart(config, resume_step=0)
-    strategy = SimpleNamespace(
-        root_device="cpu", all_gather=lambda mine: torch.tensor([*everyone, mine.item()])
-    )
-    callback.setup(SimpleNamespace(strategy=strategy), None, "fit")
-
-
-def test_ranks_with_another_configuration_are_refused():
-    config = {"seed": 1}
-    same_start(config, [SameStart(config, resume_step=0).value])
-    for other in (SameStart({"seed": 2}, resume_step=0), SameStart(config, resume_step=5)):
-        with pytest.raises(ValueError, match=r"rank\(s\) \[1\] -> .* differs from rank 0's"):
-            same_start(config, [other.value])
 
 
 @pytest.mark.parametrize("behind", [0, 1])

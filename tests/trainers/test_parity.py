@@ -115,8 +115,7 @@ CHANGED = [
 ]
 # What was remembered by rows and columns counts.
 LOST = replace(CHANGED[-1], control="lost_state")
-# What the whole matrix does not have, and takes too long for every day.
-MORE = [
+MORE = [  # what the whole matrix does not have, and takes too long for every day
     *(Cell("gan_relativistic", name, "bf16") for name in ("zero1", "fsdp")),
     Cell("gan", "ddp", "fp16"),
     Cell("gan", "zero3", "fp16", micro=2),
@@ -126,7 +125,7 @@ MORE = [
     Cell("two_networks", "ddp", "fp16", stop_at=5, begun="zero2"),
     Cell("two_networks", "zero3", "fp16", stop_at=5, begun="fsdp"),
 ]
-# Muon multiplies what fp32 adds up in another order: by one rank under ddp it is 4e-3 away.
+# It multiplies what fp32 adds up in another order: by one rank under ddp it is 4e-3 away.
 MUON = Cell("gpt", "zero3", stop_at=5, begun="fsdp", optimizer="muon")
 MUON_TOLERANCE = 1e-2
 # The reference of ZeRO in fp16, in fp32: masters by the side change nothing.
@@ -185,8 +184,8 @@ def test_masters_by_the_side_train_as_parameters_do(cell, outcomes):
 
 
 def test_masters_by_the_side_are_what_is_saved(outcomes):
-    weights = outcomes[KEPT_LOW].weights
-    assert all((value != value.half()).any() for value in weights.values() if value.ndim > 1)
+    kept = outcomes[KEPT_LOW].weights.values()
+    assert all((value != value.half()).any() for value in kept if value.ndim > 1)
 
 
 @pytest.mark.parametrize("cell", [*DIFFERENT, LOST], ids=lambda cell: cell.name)
