@@ -1,4 +1,4 @@
-"""A callback of both sides of `benchmarks.startup`: notes when the first step is taken, and ends."""
+"""What both sides of `benchmarks.startup` do after the first step: note the time, and end."""
 
 import os
 import time

@@ -4,7 +4,7 @@
 
 Starts in turn, on one rank and on two under DDP, each in processes of its own and on CPU:
 
-    Trainyard      `python -m launch.train experiment=gpt_char_cpu`, a new run whose data is prepared
+    Trainyard      `python -m launch.train experiment=gpt_char_cpu`, a new run of prepared data
     plain script   `benchmarks/startup_plain.py`: Lightning, a network of the same sizes, the tokens
                    as an array on the disk; several ranks are started by torchrun
 
@@ -36,7 +36,7 @@ from benchmarks.loop_overhead import configure, write_text
 from modules.gpt_presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_PACKAGES = 12
+NOTING, NUM_PACKAGES = "benchmarks.first_step.NoteFirstStep", 12
 IMPORTED = re.compile(r"^import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)", re.MULTILINE)
 """A line of `-X importtime`: microseconds without what it imports, and the package."""
 
@@ -53,7 +53,7 @@ def our_side(folder: Path) -> MakeCommand:
             *("-m", "launch.train", "experiment=gpt_char_cpu", "trainer.accelerator=cpu", *ranks),
             *(f"corpus.path={folder / 'input.txt'}", f"data_dir={folder / 'data'}"),
             *(f"runs_dir={folder / 'runs'}", f"run.name={note.name}"),
-            f"+trainer.callbacks.note={{_target_: benchmarks.first_step.NoteFirstStep, note: {note}}}",
+            f"+trainer.callbacks.note={{_target_: {NOTING}, note: {note}}}",
         ]
 
     return make
@@ -89,7 +89,9 @@ def run(arguments: list[str]) -> tuple[float, str]:
     return begin, done.stderr
 
 
-def time_starts(sides: dict[str, MakeCommand], folder: Path, ranks: list[int], rounds: int) -> Table:
+def time_starts(
+    sides: dict[str, MakeCommand], folder: Path, ranks: list[int], rounds: int
+) -> Table:
     """Start all in turn; medians of seconds until the first step, and what they are of the last."""
     seconds = collections.defaultdict(list)
     for number in range(rounds + 1):
@@ -124,7 +126,9 @@ def profile_imports(sides: dict[str, MakeCommand], folder: Path) -> Table:
     longest = [name for name, _ in sum(columns.values(), collections.Counter()).most_common()]
     for package in longest[:NUM_PACKAGES]:
         table.add_row(package, *(f"{column[package]:.2f}" for column in columns.values()))
-    others = ({name: column[name] for name in longest[NUM_PACKAGES:]} for column in columns.values())
+    others = (
+        {name: column[name] for name in longest[NUM_PACKAGES:]} for column in columns.values()
+    )
     table.add_row("other packages", *(f"{sum(each.values()):.2f}" for each in others))
     table.add_row("no import", *(f"{seconds:.2f}" for seconds in rest.values()))
     return table

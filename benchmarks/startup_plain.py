@@ -1,4 +1,4 @@
-"""The other side of `benchmarks.startup`: a training script with Lightning that has nothing to check.
+"""The other side of `benchmarks.startup`: a plain training script with Lightning.
 
     python benchmarks/startup_plain.py TOKENS NOTE VOCABULARY LAYERS HEADS WIDTH LENGTH BATCH
     torchrun --nproc-per-node=2 benchmarks/startup_plain.py ... the same

@@ -191,7 +191,7 @@ class StreamDataModule(LightningDataModule):
         if self._block_cache is None:  # one, or what evaluation holds would leave training no room
             ranks = self.trainer.num_devices if self.trainer is not None else 1
             self._block_cache = BlockCache(
-                # A node's own, as locks and maps of a file system that nodes share cannot be relied on.
+                # A node's own: locks and maps of a file system that nodes share are no use.
                 Path(self._cache["folder"], platform.node()),
                 max_bytes=max_bytes,
                 num_readers=ranks * max(1, self._num_workers),
