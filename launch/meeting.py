@@ -31,10 +31,12 @@ class Meeting:
         store: The store; None of one rank.
         rank: This one.
         num_ranks: All of them.
+        timeout_s: In which all must have come.
     """
 
-    def __init__(self, store: Any, rank: int, num_ranks: int):
+    def __init__(self, store: Any, rank: int, num_ranks: int, timeout_s: float):
         self.store, self.rank, self.num_ranks = store, rank, num_ranks
+        self.timeout_s = timeout_s
         self.is_first = rank == 0
         self._is_over = threading.Event()
 
@@ -76,11 +78,10 @@ class Meeting:
         threading.Thread(target=self._beat, daemon=True).start()
         try:
             yield self
-        except Exception as error:
-            reason = str(error)
+        except BaseException as error:
             if not isinstance(error, AbsentError):
-                said = f"rank {self.rank} on {host()} has ended: {reason}"
-                self.store.compare_set("ended", "", said)
+                reason = f"rank {self.rank} on {host()} has ended: {error}"
+                self.store.compare_set("ended", "", reason)
             raise
         finally:
             self._is_over.set()
@@ -109,9 +110,10 @@ class Meeting:
                 raise AbsentError("rank 0 is gone, and its reason is in its output") from error
             if beat != last_beat:
                 last_beat, heard_at = beat, time.monotonic()
-            if time.monotonic() - heard_at > PATIENCE_S:
+            patience_s = PATIENCE_S if beat else self.timeout_s
+            if time.monotonic() - heard_at > patience_s:
                 raise AbsentError(
-                    f"rank {rank} -> it has not been heard of for {PATIENCE_S:.0f} s, before "
+                    f"rank {rank} -> it has not been heard of for {patience_s:.0f} s, before "
                     f"training -> look at its output, and whether its machine is still there"
                 )
             time.sleep(POLL_S)
@@ -153,12 +155,13 @@ def meet(config: DictConfig, num_ranks: int) -> Iterator[Meeting]:
     store, rank = None, int(os.environ.get("RANK", "0")) if is_rank() else 0
     if not is_rank():
         num_ranks = 1  # the ranks that this process will start have what it has
+    timeout_s = float(config.cluster.rendezvous_timeout_s)
     if num_ranks > 1:
         from torch.distributed.distributed_c10d import PrefixStore
 
-        store = connect(rank, num_ranks, float(config.cluster.rendezvous_timeout_s))
+        store = connect(rank, num_ranks, timeout_s)
         store = PrefixStore("meeting", store)
-    with Meeting(store, rank, num_ranks).attended() as meeting:
+    with Meeting(store, rank, num_ranks, timeout_s).attended() as meeting:
         yield meeting
 
 

@@ -14,6 +14,7 @@ from launch.meeting import AbsentError, Meeting
 from launch.start_facts import digest_of_code, facts_of_start
 
 NUM_RANKS = 3
+TIMEOUT_S = 20.0
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def on_all(stores, work):
 
     def run(rank):
         try:
-            with Meeting(stores[rank], rank, len(stores)).attended() as met:
+            with Meeting(stores[rank], rank, len(stores), TIMEOUT_S).attended() as met:
                 return work(met)
         except ValueError as error:
             return error
@@ -80,10 +81,13 @@ def test_error_of_one_rank_ends_those_that_wait(stores):
     assert isinstance(told[1], AbsentError)
 
 
-def test_silent_rank_is_not_waited_for(stores, monkeypatch):
+@pytest.mark.parametrize(("beat", "seconds"), [(None, 1), ("1", 0)], ids=["absent", "silent"])
+def test_rank_without_signs_of_life_is_not_waited_for(stores, monkeypatch, beat, seconds):
     monkeypatch.setattr(meeting, "PATIENCE_S", 0.3)
-    met = Meeting(stores[1], 1, NUM_RANKS)
-    with pytest.raises(AbsentError, match="rank 0 -> it has not been heard of for 0 s"):
+    if beat:
+        stores[0].set("beat/0", beat)
+    met = Meeting(stores[1], 1, NUM_RANKS, timeout_s=1.0)
+    with pytest.raises(AbsentError, match=f"rank 0 -> it has not been heard of for {seconds} s"):
         met.hear()
 
 
@@ -101,7 +105,7 @@ def test_facts_are_of_code_packages_and_configuration(compose, tmp_path):
 
 def test_remains_of_an_earlier_start_are_not_believed(stores):
     def start(num_ranks, place, ranks=None):
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + TIMEOUT_S
 
         def run(rank):
             return rendezvous.agree(
@@ -135,7 +139,7 @@ def test_starts_that_an_agent_repeats_have_a_store_each(monkeypatch):
     lock, places = threading.Lock(), []
 
     def start(rank):
-        store = rendezvous.connect(rank, 2, timeout_s=20.0)
+        store = rendezvous.connect(rank, 2, timeout_s=TIMEOUT_S)
         with lock:
             places.append(store.port)
         return store
