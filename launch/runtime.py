@@ -69,7 +69,8 @@ def verb(
 
     What users can mend (an error in the form key -> why -> remedy, an override that does not
     compose) is printed as one message without a traceback. The exit code is what the function
-    returns: 0 done, 75 preempted, 1 failed. `say_end` has the last word; Hydra works within `around`.
+    returns: 0 done, 75 preempted, 1 failed. Hydra works within `around`, and `say_end` has the
+    last word.
     """
 
     def decorate(function: Verb) -> Callable[[], None]:
