@@ -94,15 +94,15 @@ class RunDirectory:
             raise
 
     @contextmanager
-    def status_of(self, trainer: Any) -> Iterator[Callable[[str, str], None]]:
+    def status_of(self, trainer: Any) -> Iterator[Callable[..., None]]:
         """Keep `status.json` true while `trainer` works; gives a function to say how it ended.
 
         Written by rank zero; an exception that passes through is the reason of a failed run.
         """
 
-        def write(state: str, reason: str = "") -> None:
+        def write(state: str, reason: str = "", **facts: Any) -> None:
             if trainer.is_global_zero:
-                self.write_status(state, reason, step=trainer.global_step)
+                self.write_status(state, reason, step=trainer.global_step, **facts)
                 if state == "running":  # how it ends is the command's last line
                     print(f"run {self.path.name}: {state}: {reason}", flush=True)
 

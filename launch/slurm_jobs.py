@@ -5,14 +5,24 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from omegaconf import DictConfig
+
+from launch.cluster import is_first
+from launch.run_directory import RunDirectory, StoppedError
+from launch.runtime import launched_at
 
 ENDS = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
     "PREEMPTED", "REVOKED", "TIMEOUT",
 }  # fmt: skip
 """States that a job stays in."""
+AHEAD_OF_LIMIT = ("SIGUSR1", "SIGUSR2")
+"""What Slurm is asked to send ahead of a job's time limit, by us and by submitit."""
 POLL_S = 2.0
 """Between two looks at a job; a controller has many to answer."""
 ANSWER_S = 60
@@ -99,6 +109,40 @@ def follow(job_id: str, log: Path) -> Job | None:
         if is_over:
             return job
         time.sleep(POLL_S)
+
+
+@contextmanager
+def requeued(run: RunDirectory, config: DictConfig) -> Iterator[None]:
+    """Ask for another start of this job, where the run was stopped in it and is to go on.
+
+    It is after a stop ahead of the time limit (SIGUSR1, SIGUSR2), by a budget or a cloud's notice.
+    After SIGTERM only if Slurm itself takes the place away: who cancels a job sends it, too. A
+    preempted job that ends within its time of grace is not requeued by Slurm.
+    """
+    try:
+        yield
+    except StoppedError as reason:  # before the first step
+        _requeue_if(str(reason) in AHEAD_OF_LIMIT, config)
+        raise
+    status = run.status
+    if status.get("state") == "preempted" and status["time"] >= launched_at():
+        _requeue_if(status.get("asks_requeue", False), config)
+
+
+def _requeue_if(is_asked: bool, config: DictConfig) -> None:
+    if "SLURM_JOB_ID" in os.environ and config.cluster.requeue and is_first():
+        if is_asked or _is_preempted(os.environ["SLURM_JOB_ID"]):
+            requeue()
+
+
+def _is_preempted(job_id: str) -> bool:
+    """Whether a job's place is wanted by one that goes first, and it has a while to leave."""
+    try:
+        said = _run("scontrol", "show", "job", "--oneliner", job_id).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    since = re.search(r"\bPreemptTime=(\S+)", said)
+    return "JobState=RUNNING " in said and since is not None and since[1] != "None"
 
 
 def requeue() -> None:
