@@ -90,6 +90,24 @@ def stop_by_exception() -> None:
         signal.signal(number, stop)
 
 
+def exit_code_of(work: Callable[[], int], config_name: str) -> int:
+    """Do the work of a rank that others have started; an error that users can mend is a line.
+
+    Returns:
+        Its exit code.
+    """
+    try:
+        return work()
+    except StoppedError:
+        return PREEMPTED
+    except Exception as error:
+        message = explain(error, config_name)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return FAILED
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Let SIGTERM and SIGUSR1 wait for nothing: what goes on is what they would ask for.
@@ -158,7 +176,7 @@ def refuse_unknown_keys(config: DictConfig, config_name: str) -> None:
         ValueError: There is such a key.
     """
     known = set(_all_keys(config_name))
-    free = {"data", "plan", "hydra", "trainer.callbacks"}
+    free = {"data", "plan", "hydra", "trainer.callbacks", "cluster.sbatch"}
 
     def walk(node: Any, prefix: str) -> None:
         for key, value in node.items():
@@ -220,7 +238,9 @@ def _all_keys(config_name: str) -> tuple[str, ...]:
     outer = GlobalHydra.instance().hydra  # of the command line, while it runs
     GlobalHydra.instance().clear()
     with hydra.initialize_config_module("conf", version_base=None):
-        composed = hydra.compose(config_name)
+        # Of clusters this one has all the keys that there are.
+        chosen = ["cluster=slurm"] if config_name == "train" else []
+        composed = hydra.compose(config_name, overrides=chosen)
     GlobalHydra.instance().hydra = outer
 
     def walk(node: Any, prefix: str) -> list[str]:

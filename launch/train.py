@@ -3,18 +3,21 @@
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from launch import cluster, ranks, runtime
+from launch import cluster, ranks, runtime, submission
 from launch.acceptance import accepted
 from launch.initial_weights import load_initial_weights
 from launch.meeting import meet
 from launch.run_directory import RunDirectory
 from launch.run_home import directory_of, home_of
 from launch.summary import print_summary, summarize
+from trainers.rules import is_submission
 
 
 def train(config: DictConfig) -> int:
     """Train the run that the configuration names, or continue it."""
     runtime.refuse_unknown_keys(config, "train")
+    if is_submission(config):
+        return submission.submit(config)
     cluster.adopt(config)
     if ranks.are_of_nodes(config):
         return ranks.start_on_node(directory_of(config), config)

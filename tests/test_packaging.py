@@ -42,7 +42,8 @@ def run_there(command, folder, site):
 
 
 def test_wheel_holds_the_packages_and_their_configuration(installed):
-    for name in ("modules/gpt.py", "conf/train.yaml", "conf/experiment/gpt_quickstart.yaml"):
+    others = ("conf/train.yaml", "conf/experiment/gpt_quickstart.yaml", "launch/slurm/train.sbatch")
+    for name in ("modules/gpt.py", *others):
         assert (installed / name).is_file()
     assert not (installed / "tests").exists()
 

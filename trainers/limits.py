@@ -7,6 +7,7 @@ import torch
 
 from trainers.activation_checkpointing import ActivationCheckpointing
 from trainers.callbacks.step_guard import ACTIONS
+from trainers.rules import is_submission
 
 PRECISIONS = ("fp32", "bf16", "fp16", "auto")
 ACCELERATORS = ("auto", "cpu", "cuda")
@@ -68,13 +69,15 @@ def _choices(config: Mapping[str, Any]) -> str | None:
 
 def _devices(config: Mapping[str, Any]) -> str | None:
     accelerator, devices = config["trainer"]["accelerator"], config["trainer"]["devices"]
+    if not isinstance(devices, int) or devices < 1:
+        return f"trainer.devices={devices} -> a number of devices per node -> use 1 or more"
+    if is_submission(config):
+        return None  # what this machine has does not matter
     if accelerator == "cuda" and not torch.cuda.is_available():
         return (
             "trainer.accelerator=cuda -> torch sees no CUDA device on this machine -> "
             "use trainer.accelerator=auto, or look at `nvidia-smi` and the installed torch"
         )
-    if not isinstance(devices, int) or devices < 1:
-        return f"trainer.devices={devices} -> a number of devices per node -> use 1 or more"
     if uses_cuda(config) and devices > torch.cuda.device_count():
         return (
             f"trainer.devices={devices} -> this machine has {torch.cuda.device_count()} CUDA "
