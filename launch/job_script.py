@@ -93,7 +93,9 @@ def _gpus_per_node(config: DictConfig) -> int | str:
 
 
 def _srun_arguments(asked: DictConfig) -> list[str]:
-    arguments = ["--kill-on-bad-exit=1"]  # ranks that wait for one that has failed wait for long
+    # Without --kill-on-bad-exit: of a node that is lost srun's order to end its rank waits in Slurm's
+    # queue, and would meet the rank of the job's next start. Ranks end by themselves with one another.
+    arguments: list[str] = []
     if asked.cpus_per_task is not None:  # srun has not taken it over from sbatch since Slurm 22.05
         arguments.append(f"--cpus-per-task={asked.cpus_per_task}")
     if asked.container.image is not None and asked.container.runtime == "pyxis":

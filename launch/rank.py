@@ -22,7 +22,7 @@ def main() -> int:
         with run.noting_failed_start():
             return code_for_starter(fit(run, run.config))
 
-    return runtime.exit_code_of(work, "train")
+    return runtime.outcome_of(work, "train")[0]
 
 
 if __name__ == "__main__":

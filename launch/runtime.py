@@ -130,22 +130,16 @@ def stop_by_exception() -> None:
         signal.signal(number, stop)
 
 
-def exit_code_of(work: Callable[[], int], config_name: str) -> int:
+def outcome_of(work: Callable[[], int], config_name: str) -> tuple[int, str | None]:
     """Do the work of a rank that others have started; an error that users can mend is a line.
 
     Returns:
-        Its exit code.
+        Its exit code, and why it did not come to its end.
     """
     try:
-        return work()
-    except StoppedError:
-        return PREEMPTED
-    except Exception as error:
-        message = explain(error, config_name)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return FAILED
+        return work(), None
+    except (Exception, StoppedError) as error:
+        return _say(error, config_name)
 
 
 @contextmanager

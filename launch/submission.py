@@ -8,6 +8,7 @@ import json
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from launch import job_script, runtime, slurm_jobs
+from launch.last_line import say_end
 from launch.run_directory import RunDirectory, StoppedError
 from launch.run_home import directory_of
 from launch.summary import print_summary
@@ -45,7 +47,10 @@ class Rank:
         runtime.stop_by_exception()  # in place of submitit's handlers, which know nothing of saving
         config = OmegaConf.create(self.config)
         assert isinstance(config, DictConfig)
-        sys.exit(runtime.exit_code_of(lambda: train(config), "train"))
+        began = time.time()
+        code, problem = runtime.outcome_of(lambda: train(config), "train")
+        say_end(runtime.Ending(config, began, code, problem))
+        sys.exit(code)
 
 
 def submit(config: DictConfig) -> int:

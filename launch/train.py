@@ -3,7 +3,7 @@
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from launch import cluster, deafness, last_line, rank_logs, ranks, runtime, submission
+from launch import cluster, deafness, last_line, rank_logs, ranks, runtime, slurm_jobs, submission
 from launch.acceptance import accepted
 from launch.completion import refuse_indivisible
 from launch.initial_weights import load_initial_weights
@@ -28,7 +28,11 @@ def train(config: DictConfig) -> int:
     run, num_ranks = directory_of(config), cluster.count_ranks(config)
     if cluster.is_rank():
         deafness.end_if_deaf(run)
-    with meet(config, num_ranks) as meeting, accepted(run, config, meeting) as is_done:
+    with (
+        slurm_jobs.requeued(run, config),
+        meet(config, num_ranks) as meeting,
+        accepted(run, config, meeting) as is_done,
+    ):
         if is_done:
             return runtime.DONE
         if num_ranks > 1 and not cluster.is_rank():
@@ -74,7 +78,8 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
         try:
             trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
         except PreemptedError as reason:
-            end("preempted", f"{reason}; the same command continues at step {trainer.global_step}")
+            then = f"{reason}; the same command continues at step {trainer.global_step}"
+            end("preempted", then, asks_requeue=reason.asks_requeue)
             return runtime.LEFT_BEHIND if reason.is_left_behind else runtime.PREEMPTED
         if trainer.is_global_zero:
             run.write_summary(summarize(run, trainer))

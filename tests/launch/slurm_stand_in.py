@@ -21,7 +21,7 @@ JobId=12 JobName={name}
    JobState={state} Reason=None Dependency=(null)
    ReqNodeList=(null) ExcNodeList=(null)
    NodeList=node[1-2]
-   BatchHost=node1
+   BatchHost=node1 PreemptTime={preempted}
 """
 
 
@@ -50,9 +50,9 @@ class SlurmStandIn:
         (folder / "calls").touch()
         self.job("PENDING", "small")
 
-    def job(self, state: str, name: str) -> None:
-        """Let job 12 be in a state, under a name."""
-        self._say(JOB.format(state=state, name=name), "")
+    def job(self, state: str, name: str, preempted: str = "None") -> None:
+        """Let job 12 be in a state, under a name, with a time since which its place is wanted."""
+        self._say(JOB.format(state=state, name=name, preempted=preempted), "")
 
     def forget(self) -> None:
         """Let there be no such job any more."""

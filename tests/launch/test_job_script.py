@@ -71,7 +71,7 @@ def test_dry_run_prints_all_that_is_asked_for_and_writes_nothing(script, tmp_pat
         "",
         "# command",
         "export SUBMITIT_EXECUTOR=slurm",
-        f"srun --unbuffered --output {logs}/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=6 "
+        f"srun --unbuffered --output {logs}/%j_%t_log.out --cpus-per-task=6 "
         f"--cpu-bind=cores {sys.executable} -u -m submitit.core._submit {logs}",
         "",
     ]

@@ -95,3 +95,60 @@ def test_requeue_that_fails_is_told_of_and_changes_nothing(stand_in, monkeypatch
     monkeypatch.setenv("PATH", "")
     slurm_jobs.requeue()
     assert "No such file or directory: 'scontrol'" in capsys.readouterr().err
+
+
+TAKEN = "2026-01-01T00:00:00"
+
+
+@pytest.mark.parametrize(
+    ("state", "asks", "preempted", "is_requeued"),
+    [
+        ("preempted", True, "None", True),
+        ("preempted", False, TAKEN, True),
+        ("preempted", False, "None", False),  # cancelled
+        ("done", True, TAKEN, False),
+        ("failed", True, TAKEN, False),
+    ],
+)
+def test_job_is_started_again_where_its_run_is_to_go_on(
+    stand_in, compose_job, monkeypatch, tmp_path, state, asks, preempted, is_requeued
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    stand_in.job("RUNNING", "small", preempted)
+    run = RunDirectory(tmp_path)
+    with slurm_jobs.requeued(run, compose_job()):
+        run.write_status(state, "as the run says", asks_requeue=asks)
+    assert ("scontrol requeue 12" in stand_in.calls) == is_requeued
+
+
+@pytest.mark.parametrize(("name", "is_requeued"), [("SIGUSR1", True), ("SIGTERM", False)])
+def test_job_that_is_stopped_before_its_first_step_is_started_again(
+    stand_in, compose_job, monkeypatch, tmp_path, name, is_requeued
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    with (
+        pytest.raises(StoppedError),
+        slurm_jobs.requeued(RunDirectory(tmp_path), compose_job()),
+    ):
+        raise StoppedError(name)
+    assert ("scontrol requeue 12" in stand_in.calls) == is_requeued
+
+
+@pytest.mark.parametrize(
+    ("variables", "overrides"),
+    [
+        ({}, []),
+        ({"SLURM_JOB_ID": "12", "RANK": "1"}, []),
+        ({"SLURM_JOB_ID": "12"}, ["cluster.requeue=false"]),
+    ],
+    ids=["no job", "another rank", "not wanted"],
+)
+def test_nobody_else_asks_for_another_start(
+    stand_in, compose_job, monkeypatch, tmp_path, variables, overrides
+):
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    run = RunDirectory(tmp_path)
+    with slurm_jobs.requeued(run, compose_job(*overrides)):
+        run.write_status("preempted", "SIGUSR1", asks_requeue=True)
+    assert "requeue" not in stand_in.calls
