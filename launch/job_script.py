@@ -93,8 +93,8 @@ def _gpus_per_node(config: DictConfig) -> int | str:
 
 
 def _srun_arguments(asked: DictConfig) -> list[str]:
-    # Without --kill-on-bad-exit: of a node that is lost srun's order to end its rank waits in Slurm's
-    # queue, and would meet the rank of the job's next start. Ranks end by themselves with one another.
+    # No --kill-on-bad-exit: its order to a node that is lost waits in Slurm's queue and would meet
+    # the rank of the job's next start. Ranks end by themselves with one another.
     arguments: list[str] = []
     if asked.cpus_per_task is not None:  # srun has not taken it over from sbatch since Slurm 22.05
         arguments.append(f"--cpus-per-task={asked.cpus_per_task}")

@@ -130,9 +130,9 @@ def requeued(run: RunDirectory, config: DictConfig) -> Iterator[None]:
 
 
 def _requeue_if(is_asked: bool, config: DictConfig) -> None:
-    if "SLURM_JOB_ID" in os.environ and config.cluster.requeue and is_first():
-        if is_asked or _is_preempted(os.environ["SLURM_JOB_ID"]):
-            requeue()
+    may_ask = "SLURM_JOB_ID" in os.environ and config.cluster.requeue and is_first()
+    if may_ask and (is_asked or _is_preempted(os.environ["SLURM_JOB_ID"])):
+        requeue()
 
 
 def _is_preempted(job_id: str) -> bool:
