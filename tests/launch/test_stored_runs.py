@@ -255,7 +255,8 @@ def test_ranks_wait_for_an_upload_that_takes_longer_than_they_do(
     pid = json.loads((local / "small/status.json").read_text())["pid"]
     os.kill(pid if starter == "torchrun" else process.pid, signal.SIGTERM)
     printed, _ = process.communicate()
-    assert process.returncode == (runtime.PREEMPTED if starter == "own" else 1), printed
+    # torchrun would start a rank anew that ends with another code
+    assert process.returncode == (runtime.PREEMPTED if starter == "own" else runtime.DONE), printed
     assert "uploaded to file://" in printed
     assert json.loads((store / "status.json").read_text())["state"] == "preempted"
     step = json.loads((store / "status.json").read_text())["step"]
