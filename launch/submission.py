@@ -103,12 +103,8 @@ def submit_array(name: str, configs: Sequence[DictConfig], folder: Path, at_once
         ValueError: A run, or the array, cannot be as asked.
     """
     ranks = [Rank(OmegaConf.to_yaml(config)) for config in configs]
-    runs, asked = [directory_of(config) for config in configs], []
-    for run, config in zip(runs, configs, strict=True):
-        _plan(config)
-        with run.lock():
-            _refuse_changes(run, config)
-            _refuse_second_job(run)
+    runs, asked = [check_run(config) for config in configs], []
+    for config in configs:
         asked.append(job_script.parameters(config) | {"job_name": name})
         if asked[0] != asked[-1]:
             other = next(key for key in asked[0] if asked[0][key] != asked[-1][key])
@@ -122,6 +118,20 @@ def submit_array(name: str, configs: Sequence[DictConfig], folder: Path, at_once
     for run, job in zip(runs, jobs, strict=True):
         _note_job(run, job, name)
     return [job.job_id for job in jobs]
+
+
+def check_run(config: DictConfig) -> RunDirectory:
+    """Check what can be, of a run that is to wait in a queue.
+
+    Raises:
+        ValueError: It cannot be as asked.
+    """
+    _plan(config)
+    run = directory_of(config)
+    with run.lock():
+        _refuse_changes(run, config)
+        _refuse_second_job(run)
+    return run
 
 
 def _plan(config: DictConfig) -> None:
