@@ -10,6 +10,7 @@ from launch.meeting import meet
 from launch.run_directory import RunDirectory
 from launch.run_home import directory_of, home_of
 from launch.summary import print_summary, summarize
+from launch.sweep import sweeps
 from trainers.rules import is_submission
 
 
@@ -74,7 +75,7 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
     return runtime.DONE
 
 
-main = runtime.verb("train")(train)
+main = runtime.verb("train", around=sweeps)(train)
 
 if __name__ == "__main__":
     main()
