@@ -74,7 +74,8 @@ class Launches:
         self.sweep.objective = config.sweep.objective
         self.sweep.direction = config.sweep.direction
         given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        self.fixed = {each.get_key_element() for each in given if not each.is_sweep_override()}
+        last = {each.get_key_element(): each for each in given}
+        self.fixed = {key for key, each in last.items() if not each.is_sweep_override()}
         self.asked: dict[str, Job] = {}
         with read_write(config), open_dict(config):  # where sweepers write files of their own
             config.hydra.sweep.dir = str(self.sweep.folder)

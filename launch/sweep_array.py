@@ -103,11 +103,13 @@ def _read_queue() -> dict[str, str]:
 
 
 def _cancel(jobs: list[Job], queue: dict[str, str], *, gently: bool) -> None:
-    """End jobs that run, gently by SIGTERM alone, and take out of the queue those that do not."""
-    for job in jobs:
-        runs = queue.get(str(job.slurm_job)) == "RUNNING"
-        how = ["--signal=TERM"] if gently and runs else []
-        subprocess.run(["scancel", *how, str(job.slurm_job)], check=False)
+    """Take jobs that wait out of the queue, then end those that run; gently by SIGTERM alone."""
+    numbers = [str(job.slurm_job) for job in jobs]
+    running = [number for number in numbers if queue.get(number) == "RUNNING"]
+    if others := [number for number in numbers if number not in running]:
+        subprocess.run(["scancel", *others], check=False)
+    if running:
+        subprocess.run(["scancel", *(["--signal=TERM"] if gently else []), *running], check=False)
 
 
 def _has_ended(sweep: Sweep, job: Job, queue: dict[str, str]) -> bool:

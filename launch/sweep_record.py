@@ -139,7 +139,7 @@ class Sweep:
         for name, value in facts.items():
             setattr(job, name, value)
         self.write()
-        text = {"running": "begins"}.get(state, state)
+        text = "begins" if state == "running" else state
         if state == "done":
             text += f", {self.objective} {job.objective:.6g}"
         if state in ("done", "preempted", "failed") and job.seconds:
