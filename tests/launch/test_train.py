@@ -234,3 +234,13 @@ def test_ignored_environment_is_left_alone(small_run, train):
     train(*small_run)
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert set(os.environ) - set(before) <= {"HYDRA_FULL_ERROR"}
+
+
+@pytest.mark.parametrize("every", [3, 4, 8])
+def test_finished_run_is_trained_longer_wherever_its_last_validation_fell(small_run, train, every):
+    run = [*small_run, f"trainer.val_every_steps={every}", "trainer.log_every_steps=4"]
+    train(*run, "max_steps=8")
+    longer = train(*run, "max_steps=12", "resume.extend=true")
+    assert longer.summary["step"] == 12
+    rows = read_metrics(longer.path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 4, 8, 12]
