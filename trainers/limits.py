@@ -151,8 +151,8 @@ def _stops(config: Mapping[str, Any]) -> str | None:
         value = cluster.get(name, 1)  # runs of earlier versions lack both
         if not (isinstance(value, int | float) and value > 0) and not (never and value is None):
             return f"cluster.{name}={value} -> it is a number -> use more than 0{never}"
-    notice = cluster.get("notice")
-    if notice and notice not in LOOKS and not notice.startswith(("http://", "https://")):
+    notice = str(cluster.get("notice") or "aws")
+    if notice not in LOOKS and not notice.startswith(("http://", "https://")):
         return (
             f"cluster.notice={notice} -> neither a cloud nor a url -> use one of "
             f"{', '.join(LOOKS)}, or a url that begins with http:// or https://"

@@ -1,8 +1,7 @@
 import multiprocessing
+import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def test_workers_outlive_a_request_to_stop_and_obey_their_parent(index: Index) -
     first = [next(batches), next(batches)]  # each worker has begun
     workers = multiprocessing.active_children()
     assert len(workers) == 2
-    _stop_workers()
+    _stop(*(worker.pid for worker in workers))
     reference = list(make_loader(index, 0))
     for ours, theirs in zip([*first, *batches], reference, strict=True):
         assert torch.equal(ours["inputs"], theirs["inputs"])
@@ -58,23 +57,20 @@ def test_workers_outlive_a_request_to_stop_before_their_first_line(
     quiet = workers_module._quiet_signals
 
     def late() -> None:
-        time.sleep(1)
+        _stop(os.getpid())
         quiet()
 
     monkeypatch.setattr(workers_module, "_quiet_signals", late)
-    loader = make_loader(index, 2)
-    batches = iter(loader)
-    threading.Timer(0.5, _stop_workers).start()
     reference = make_loader(index, 0)
-    for ours, theirs in zip(batches, reference, strict=True):
+    for ours, theirs in zip(make_loader(index, 2), reference, strict=True):
         assert torch.equal(ours["inputs"], theirs["inputs"])
 
 
-def _stop_workers() -> None:
-    # From another process, as a launcher or a terminal sends them.
-    for worker in multiprocessing.active_children():
-        for name in ("TERM", "INT", "USR1", "USR2"):
-            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+def _stop(*processes: int) -> None:
+    # By another process, as a launcher or a terminal does.
+    numbers = " ".join(map(str, processes))
+    kills = [f"kill -{name} {numbers}" for name in ("TERM", "INT", "USR1", "USR2")]
+    subprocess.run(" && ".join(kills), shell=True, check=True)
 
 
 LEAVES = """

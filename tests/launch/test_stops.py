@@ -15,6 +15,7 @@ from launch.run_directory import RunDirectory
 from trainers.callbacks.preemption import BUDGET, NOTICE, PreemptedError, Preemption
 from trainers.callbacks.step_vote import StepVote
 from trainers.checkpoint import read_last
+from trainers.limits import check_values
 from trainers.metrics import read_metrics
 from trainers.slowest_rank import SLOW
 
@@ -142,3 +143,16 @@ def test_job_is_to_start_again_unless_it_was_cancelled():
     assert not asks_requeue("SIGTERM")
     assert not asks_requeue("SIGUSR1", "SIGTERM")
     assert not asks_requeue("SIGINT")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cluster.budget_minutes=0", "cluster.budget_minutes=0 -> .* more than 0, or null for"),
+        ("cluster.notice_every_s=null", "cluster.notice_every_s=None -> .* -> use more than 0$"),
+        ("cluster.notice=aliyun", "cluster.notice=aliyun -> neither .* aws, gcp, azure, or a url"),
+    ],
+)
+def test_impossible_request_to_stop_is_refused(override, message, small_run, compose):
+    with pytest.raises(ValueError, match=message):
+        check_values(compose("train", [*small_run, override]))
