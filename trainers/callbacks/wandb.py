@@ -4,7 +4,9 @@ import json
 import os
 import secrets
 import sys
+from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from trainers.callbacks.preemption import PreemptedError
 from trainers.durable_files import write_atomically
 from trainers.metrics import StampedLogger
 
+NUM_RECENT = 100
+"""Rows that are kept for another client; what one has not written yet is of the last seconds."""
+
 
 class WandbLogger(StampedLogger):
     """One W&B run per run directory, however often it is stopped and continued.
@@ -23,6 +28,10 @@ class WandbLogger(StampedLogger):
     carries its optimizer step explicitly, so that a continued run goes on where it stopped; the
     x-axis is `samples` (`tokens` is there to choose). Without an API key the client works offline
     and makes one directory per start under `<run directory>/wandb`, all with the same id.
+
+    The client writes by a process of its own, which ends at once with SIGTERM, and schedulers send
+    that to every process of a job. The run goes on to save all the same; then, or with the next
+    row, another client is started and is given the latest rows again, since those may be lost.
     """
 
     def __init__(
@@ -44,6 +53,8 @@ class WandbLogger(StampedLogger):
         default = "online" if _has_api_key() else "offline"
         self.mode = mode or os.environ.get("WANDB_MODE") or default
         self._run: Any = None
+        self._is_lost = False
+        self._recent: deque[dict[str, Any]] = deque(maxlen=NUM_RECENT)
 
     @property
     def name(self) -> str:
@@ -66,8 +77,9 @@ class WandbLogger(StampedLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log a row at the run's optimizer step."""
-        stamp = self.stamp()
-        self.experiment.log(dict(metrics) | stamp, step=int(stamp["step"]))
+        row = dict(metrics) | self.stamp()
+        self._log(row)
+        self._recent.append(row)
 
     @rank_zero_only
     def log_table(self, key: str, rows: list[dict[str, str]]) -> None:
@@ -75,8 +87,7 @@ class WandbLogger(StampedLogger):
         if rows:
             data = [list(row.values()) for row in rows]
             table = wandb.Table(columns=[*rows[0]], data=data)
-            stamp = self.stamp()
-            self.experiment.log({key: table} | stamp, step=int(stamp["step"]))
+            self._log({key: table} | self.stamp())
 
     @rank_zero_only
     def log_pictures(self, pictures: Mapping[str, Path], num_images: int) -> None:
@@ -86,15 +97,33 @@ class WandbLogger(StampedLogger):
             f"pictures/{name}": wandb.Image(str(path), caption=caption)
             for name, path in pictures.items()
         }
-        stamp = self.stamp()
-        self.experiment.log(row | stamp, step=int(stamp["step"]))
+        self._log(row | self.stamp())
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self._is_lost:
+            self._start_anew()
+        try:
+            self.experiment.log(row, step=int(row["step"]))
+        except ConnectionError:  # a stop may be asked for, and to save it is more urgent
+            self._is_lost = True
+
+    def _start_anew(self) -> None:
+        with suppress(ConnectionError):
+            wandb.teardown()
+        self._run, self._is_lost = None, False
+        for row in self._recent:
+            self.experiment.log(row, step=int(row["step"]))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Close the client's run; Lightning says `failed` of one that was asked to stop, too."""
         if self._run is not None:
             is_failed = status == "failed" and not isinstance(sys.exc_info()[1], PreemptedError)
-            self._run.finish(exit_code=int(is_failed))
+            try:
+                self._run.finish(exit_code=int(is_failed))
+            except ConnectionError:
+                self._start_anew()
+                self.experiment.finish(exit_code=int(is_failed))
             self._run = None
 
     @rank_zero_only

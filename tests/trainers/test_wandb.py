@@ -1,0 +1,33 @@
+"""A scheduler's SIGTERM goes to every process of a job, and ends W&B's client at once."""
+
+import os
+import signal
+from itertools import chain
+
+import psutil
+import wandb
+
+from tests.cluster.wandb_files import history_steps
+from trainers.callbacks.wandb import WandbLogger
+
+
+def test_logger_goes_on_with_another_client_when_its_own_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    options = {"project": "tests", "entity": None, "group": None, "tags": [], "mode": None}
+    logger = WandbLogger(tmp_path, run_config={}, **options)
+    step = 0
+    logger.stamp = lambda: {"step": step, "samples": 8 * step}
+    before = {*psutil.Process().children(recursive=True)}
+    for step in range(1, 9):
+        logger.log_metrics({"train/loss": 1 / step})
+        if step in (3, 8):  # once in mid-run, and once when nothing is left but to finish
+            clients = {*psutil.Process().children(recursive=True)} - before
+            for client in clients:
+                os.kill(client.pid, signal.SIGTERM)
+            psutil.wait_procs(clients)
+    logger.finalize("success")
+    wandb.teardown()  # waits until all is written
+    folders = [*(tmp_path / "wandb").glob("offline-run-*")]
+    assert len(folders) == 3
+    assert all(folder.name.endswith(f"-{logger.version}") for folder in folders)
+    assert {*chain(*map(history_steps, folders))} == {*range(1, 9)}
