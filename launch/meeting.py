@@ -21,6 +21,8 @@ from launch.rendezvous import connect
 PATIENCE_S = 60.0
 """How long a rank may give no sign of life; it gives one every second."""
 POLL_S = 0.1
+FAREWELL_S = 1.0
+"""For the others to read why rank 0 ends: the store may end with its process."""
 Facts = Mapping[str, str]
 
 
@@ -81,8 +83,10 @@ class Meeting:
         except BaseException as error:
             if not isinstance(error, AbsentError):
                 reason = f"rank {self.rank} on {host()} has ended: {error}"
-                with suppress(RuntimeError):  # who holds the store may be gone
+                with suppress(RuntimeError):  # who holds the store is gone
                     self.store.compare_set("ended", "", reason)
+            if self.is_first:
+                time.sleep(FAREWELL_S)
             raise
         finally:
             self._is_over.set()

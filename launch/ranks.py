@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,8 @@ def _code_after_failure(run: RunDirectory, before: dict[str, Any], rank: int, ex
             f"rank {rank} -> it was refused before it touched run {run.path.name}, and has said "
             "why -> see its `error:` line above"
         )
-    logs = (run.path / "logs").glob(f"*/attempt_*/{rank}/stderr.log")
+    names = (f"*/attempt_*/{rank}/stderr.log", f"*/rank{rank}.log")  # of one node, of several
+    logs = chain.from_iterable((run.path / "logs").glob(name) for name in names)
     log = max(logs, key=os.path.getmtime, default=None) if rank else None
     status = run.status
     if exitcode < 0:
@@ -182,7 +184,7 @@ def _what_failed(error: Exception, fewest: int) -> str:
 
     if isinstance(error, RendezvousTimeoutError):
         return f"fewer than cluster.nodes={fewest} have met there"
-    return f"nobody has answered there ({error.__cause__ or error})".replace("\n", " ")
+    return f"nobody there has answered ({error.__cause__ or error})".replace("\n", " ")
 
 
 def _code_after_others(run: RunDirectory) -> int:

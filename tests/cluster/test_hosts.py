@@ -47,7 +47,7 @@ def test_hosts_that_nobody_answers_give_up_and_say_where(run):
     run.start("host3", *run.command, soon, env=alone)
     assert set(run.wait().values()) == {runtime.FAILED}
     said = run.output("host2")
-    assert "error: cluster.rendezvous=host1:29500 -> nobody has answered there" in said
+    assert "error: cluster.rendezvous=host1:29500 -> nobody there has answered" in said
     assert "Traceback" not in said
     assert "cluster.rendezvous_timeout_s=3 -> host1:29501, where rank 0 is to be met, has not" in (
         run.output("host3")

@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from launch import cluster, runtime
+from launch import cluster, ranks, runtime
 from launch.completion import refuse_indivisible
+from launch.run_directory import RunDirectory
 
 SRUN = {
     "SLURM_JOB_ID": "42",
@@ -165,3 +166,9 @@ def test_batch_must_divide_among_any_number_of_nodes(config):
     refuse_indivisible(config("cluster.nodes='1:3'", "experiment=gpt_char_cpu"))
     with pytest.raises(ValueError, match=r"^cluster.nodes=1:5 may become 5: .* 5 ranks -> .* -> "):
         refuse_indivisible(config("cluster.nodes='1:5'", "experiment=gpt_char_cpu"))
+
+
+def test_rendezvous_of_one_node_is_refused(config, tmp_path):
+    alone = config("cluster.rendezvous=node1:29500")
+    with pytest.raises(ValueError, match=r"nodes=1 cluster.rendezvous=node1:29500 -> .* -> give"):
+        ranks.start_on_node(RunDirectory(tmp_path), alone)
