@@ -105,9 +105,10 @@ class Meeting:
         last_beat, heard_at = "", time.monotonic()
         while True:
             try:
+                has_ended = self.store.check(["ended"])  # first: what was set before it counts
                 if self.store.check([key]):
                     return json.loads(self.store.get(key))
-                if self.store.check(["ended"]):
+                if has_ended:
                     raise AbsentError(self.store.get("ended").decode())
                 alive = f"beat/{rank}"
                 beat = self.store.get(alive).decode() if self.store.check([alive]) else ""
