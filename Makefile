@@ -7,6 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ARGS ?=
+# Processes that share the tests, each some files of them; 0: none but make's own.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test slow-test check install clean
 .DELETE_ON_ERROR:
@@ -21,10 +24,10 @@ train: $(STAMP)
 	$(BIN)/python -m launch.train experiment=gpt_quickstart $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 slow-test: $(STAMP)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -1,8 +1,10 @@
 """Small runs by the launcher's own `fit`, on ranks that are started once for all of them."""
 
+import contextlib
 import copy
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -253,10 +255,17 @@ def start_ranks(program: str, arguments: list[str], ranks: int) -> None:
 
 
 def find_port() -> int:
-    """Find a port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Find a port of this machine that nobody listens at.
+
+    It is below those that the system gives out by itself: ranks come to it seconds later, and other
+    processes open many of those meanwhile.
+    """
+    draw = random.SystemRandom()  # of equal seeds, processes beside each other would draw alike
+    while True:
+        port = draw.randrange(20_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:

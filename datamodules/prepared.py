@@ -6,7 +6,6 @@ index says where. Shards are then read by blocks (`datamodules.block_cache`).
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from datamodules.processes import exclusive
 from datamodules.remote import is_remote
 
 
-@dataclass(frozen=True, kw_only=True)
 class PreparedCorpus:
     """A prepared corpus, in the places of a `datamodules.corpora.Corpus`.
 
@@ -31,32 +29,46 @@ class PreparedCorpus:
         name: first part of the name of the folder of copies.
         path: folder or url that `launch.prepare` has filled, or a copy of one.
         storage_options: of the fsspec file system.
+        expected: settings of the preparation, as an experiment gives them for its corpus
+            (`tokenizer`, `vocab_size`, ...): what was prepared must have been prepared so.
     """
 
-    name: str
-    path: str
-    storage_options: Mapping[str, Any]
+    def __init__(
+        self, *, name: str, path: str, storage_options: Mapping[str, Any], **expected: Any
+    ) -> None:
+        self.name, self.path, self.storage_options = name, path, storage_options
+        self._expected = expected
 
     def prepare(self, data_dir: str | Path) -> PreparedData:
         """Find the corpus, and copy what is small from where it lies.
 
         Raises:
-            ValueError: there is none, or a file is not the one that it was written with.
+            ValueError: there is none, it was prepared with other settings than are expected, or a
+                file is not the one that it was written with.
         """
         source = _Remote(self.path, self.storage_options) if is_remote(self.path) else None
-        if source is None:
-            path, content = Path(self.path), self._read_facts(Path(self.path, FACTS_FILE))
-        else:
-            content = source.read(FACTS_FILE)
-            path = Path(data_dir, f"{self.name}-{json.loads(content)['digest']}")
+        content = source.read(FACTS_FILE) if source else self._read_facts()
+        facts, path = json.loads(content), Path(self.path)
+        self._compare(facts["settings"])
+        if source is not None:
+            path = Path(data_dir, f"{self.name}-{facts['digest']}")
             with exclusive(path.with_name(f".{path.name}.lock")):
                 if not (path / FACTS_FILE).exists():
                     self._copy(source, path, content)
-        return PreparedData(path, {"path": str(path), **json.loads(content)})
+        return PreparedData(path, {"path": str(path), **facts})
 
-    def _read_facts(self, path: Path) -> bytes:
+    def _compare(self, settings: Mapping[str, Any]) -> None:
+        for key, value in self._expected.items():
+            if key not in settings or settings[key] != value:
+                found = f"it is {settings[key]}" if key in settings else "there is no such setting"
+                raise ValueError(
+                    f"corpus.{key}={value} -> of the data prepared in {self.path} {found} -> "
+                    f"prepare it anew, give what it has, or leave this out by '~corpus.{key}'"
+                )
+
+    def _read_facts(self) -> bytes:
         try:
-            return path.read_bytes()
+            return Path(self.path, FACTS_FILE).read_bytes()
         except OSError as err:
             raise ValueError(
                 f"corpus.path={self.path} -> there is no {FACTS_FILE} in it -> give a folder that "

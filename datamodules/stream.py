@@ -7,6 +7,7 @@ lost at each resume. Micro-batches counted by Lightning are put right by
 `trainers.callbacks.checkpointing` when the number of ranks has changed.
 """
 
+import platform
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -190,7 +191,8 @@ class StreamDataModule(LightningDataModule):
         if self._block_cache is None:  # one, or what evaluation holds would leave training no room
             ranks = self.trainer.num_devices if self.trainer is not None else 1
             self._block_cache = BlockCache(
-                Path(self._cache["folder"]),
+                # A node's own: locks and maps of a file system that nodes share are no use.
+                Path(self._cache["folder"], platform.node()),
                 max_bytes=max_bytes,
                 num_readers=ranks * max(1, self._num_workers),
                 num_parents=ranks if self._num_workers else 0,

@@ -1,5 +1,6 @@
 """Micro-batches of a rank, made in this process or ahead of time in workers."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -18,7 +19,8 @@ from datamodules.order import Int64Array, Places, RunOrder
 PLANNED_SAMPLES = 4096
 """Samples located in one go: numpy's cost per call is then nothing beside its cost per sample."""
 
-_REQUESTS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+_NOTICES = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+_REQUESTS = {*_NOTICES, signal.SIGTERM}
 
 
 class SampleSource(Protocol):
@@ -186,7 +188,7 @@ def open_batches(batches: TrainBatches, num_workers: int) -> Any:
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=num_workers,
-        worker_init_fn=_quiet_signals,
+        worker_init_fn=_begin,
     )
 
 
@@ -208,23 +210,37 @@ def quiet_start() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _quiet_signals(worker: int) -> None:
+def _begin(worker: int) -> None:
+    """End with the parent, however it ends, and with nobody else."""
+    _quiet_signals()
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _quiet_signals() -> None:
     """Leave a request to stop to the training loop, which still needs batches to end its step.
 
     Launchers and terminals signal whole process groups, workers included. SIGTERM counts only from
     the parent: multiprocessing sends it at exit, and waits.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in _NOTICES:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has none, and no launchers of this kind
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, daemon=True).start()
     else:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGUSR1})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOTICES)
 
 
 def _obey_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+def _follow_parent() -> None:
+    """Leave when the parent is gone; `DataLoader` looks for it between two batches only."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

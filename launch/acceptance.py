@@ -63,7 +63,7 @@ def _follow(run: RunDirectory, config: DictConfig, meeting: Meeting) -> Iterator
     home, last = home_of(run, config), word["last"]
     home.pull(str(config.checkpoint), trains=True)
     wait_until(lambda: _last(run) == last, f"{run.path} with {last or 'no checkpoint'}")
-    with home.completed_at_end():
+    with home.completed_at_end(), run.noting_failed_start():
         yield False
 
 

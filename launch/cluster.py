@@ -7,13 +7,15 @@ Ranks are started by `launch.ranks` (from a run directory, by `launch.rank`), by
 import os
 import re
 import socket
+import time
 
 from omegaconf import DictConfig, OmegaConf
 
-from launch.runtime import PREEMPTED
+from launch.runtime import DONE, LEFT_BEHIND, PREEMPTED
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 NETWORK = ("GLOO_", "NCCL_")
+AGENT_IS_LATE_S = 10.0
 FIRST_PORT, NUM_PORTS = 15000, 17000  # below those that Linux gives to outgoing connections
 
 
@@ -96,15 +98,27 @@ def node_range(config: DictConfig) -> tuple[int, int]:
     return fewest, most
 
 
-def code_for_starter(code: int) -> int:
+def code_for_starter(code: int, fewest_nodes: int = 1) -> int:
     """The exit code by which a rank tells who has started it.
 
-    torchrun starts ranks again that end with any code but 0, and what was preempted is not to be;
-    `srun` ends all ranks with the first that does, and rank 0 has the last word. `status.json`
-    has the truth.
+    torchrun starts ranks again that end with any code but 0, and what was preempted is not to be,
+    unless another node has left a run that goes on without it. `srun` ends all ranks with the first
+    that does, and rank 0 has the last word. `status.json` has the truth.
+
+    Args:
+        code: Of `launch.runtime`.
+        fewest_nodes: That `cluster.nodes` allows.
     """
+    if code == LEFT_BEHIND:
+        code, ranks = PREEMPTED, int(os.environ.get("WORLD_SIZE", 1))
+        nodes = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if nodes > 1 and starter() == "torchrun":
+            # An agent that has seen a new node a second later than the first to see it would take
+            # ranks that have ended for done. Its signal ends this wait.
+            time.sleep(AGENT_IS_LATE_S)
+            return PREEMPTED if nodes > fewest_nodes else DONE
     is_understood = starter() != "torchrun" and is_first()
-    return 0 if code == PREEMPTED and is_rank() and not is_understood else code
+    return DONE if code == PREEMPTED and is_rank() and not is_understood else code
 
 
 def network_notes(num_ranks: int) -> list[str]:

@@ -1,9 +1,31 @@
 """What the launcher fills into a configuration before models and data are built."""
 
+import os
 from dataclasses import asdict
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+
+from launch.cluster import node_range
+
+
+def refuse_indivisible(config: DictConfig) -> None:
+    """Find a number of nodes in `cluster.nodes=<min>:<max>` among which a batch does not divide.
+
+    Raises:
+        ValueError: There is one; better now than when a node leaves.
+    """
+    from trainers.batch_plan import plan_run
+
+    fewest, most = node_range(config)
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE") or config.trainer.devices)
+    for nodes in range(fewest, most + 1) if fewest < most else ():
+        try:
+            plan_run(config, world_size=nodes * devices)
+        except ValueError as error:
+            raise ValueError(
+                f"cluster.nodes={fewest}:{most} may become {nodes}: {error}"
+            ) from error
 
 
 def complete(config: DictConfig, num_ranks: int) -> None:

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from omegaconf import DictConfig
@@ -81,7 +81,8 @@ class Meeting:
         except BaseException as error:
             if not isinstance(error, AbsentError):
                 reason = f"rank {self.rank} on {host()} has ended: {error}"
-                self.store.compare_set("ended", "", reason)
+                with suppress(RuntimeError):  # who holds the store may be gone
+                    self.store.compare_set("ended", "", reason)
             raise
         finally:
             self._is_over.set()

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from launch import runtime
 from launch.cluster import code_for_starter
+from launch.deafness import end_if_deaf
 from launch.ranks import die_with_parent
-from launch.run_directory import RunDirectory, StoppedError
+from launch.run_directory import RunDirectory
 from launch.train import fit
 
 
@@ -15,17 +16,13 @@ def main() -> int:
     die_with_parent()
     runtime.stop_by_exception()
     run = RunDirectory(Path(sys.argv[1]))
-    try:
+    end_if_deaf(run)
+
+    def work() -> int:
         with run.noting_failed_start():
             return code_for_starter(fit(run, run.config))
-    except StoppedError:
-        return runtime.PREEMPTED
-    except Exception as error:
-        message = runtime.explain(error, "train")
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return runtime.FAILED
+
+    return runtime.outcome_of(work, "train")[0]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from launch.cluster import is_rank, node_range
 from launch.run_directory import RunDirectory
-from launch.runtime import DONE, FAILED, PREEMPTED
+from launch.runtime import DONE, FAILED, LAUNCHED_AT, PREEMPTED, launched_at
 
 KILLED_BY = {
     "SIGKILL": ": somebody killed it, or the machine was out of memory, which is the usual reason "
@@ -19,6 +19,10 @@ KILLED_BY = {
     "SIGSEGV": ": a library is broken or does not fit another -> see the end of its output",
 }
 """What to look for after a signal."""
+
+FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""What an agent must be told where ranks may start more than once. It would keep its store, with
+all that earlier ranks have left there, and nodes that come later would not learn where it is."""
 
 
 def start(run: RunDirectory, num_ranks: int, max_restarts: int) -> int:
@@ -44,7 +48,7 @@ def start(run: RunDirectory, num_ranks: int, max_restarts: int) -> int:
     return _run_agent(
         run,
         ["-P", "-m", "launch.rank", str(run.path)],
-        _rank_environment(num_ranks),
+        _rank_environment(num_ranks) | (FRESH_STORE if max_restarts else {}),
         nproc_per_node=num_ranks,
         max_restarts=max_restarts,
         logs_specs=logs,
@@ -63,21 +67,39 @@ def start_on_node(run: RunDirectory, config: DictConfig) -> int:
 
     Returns:
         The run's exit code.
+
+    Raises:
+        ValueError: The other nodes cannot be met.
     """
+    from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
+
     fewest, most = node_range(config)
-    # The store of an agent outlives a start, and nodes that come later do not learn where it is.
-    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return _run_agent(
-        run,
-        ["-P", "-m", "launch.train", *sys.argv[1:]],
-        _rank_environment(config.trainer.devices) | fresh,
-        min_nodes=fewest,
-        max_nodes=most,
-        nproc_per_node=config.trainer.devices,
-        rdzv_endpoint=config.cluster.rendezvous,
-        rdzv_configs={"timeout": config.cluster.rendezvous_timeout_s},
-        max_restarts=config.cluster.max_restarts,
-    )
+    place, timeout_s = config.cluster.rendezvous, int(config.cluster.rendezvous_timeout_s)
+    if most == 1:
+        raise ValueError(
+            f"cluster.nodes=1 cluster.rendezvous={place} -> one node has nobody to meet -> give "
+            "cluster.nodes=2, or 1:4, or leave cluster.rendezvous out"
+        )
+    try:
+        return _run_agent(
+            run,
+            ["-P", "-m", "launch.train", *sys.argv[1:]],
+            _rank_environment(config.trainer.devices) | FRESH_STORE,
+            min_nodes=fewest,
+            max_nodes=most,
+            nproc_per_node=config.trainer.devices,
+            rdzv_endpoint=place,
+            rdzv_configs={"join_timeout": timeout_s, "read_timeout": timeout_s},
+            max_restarts=config.cluster.max_restarts,
+        )
+    except RendezvousClosedError:
+        return _code_after_others(run)
+    except RendezvousError as error:
+        raise ValueError(
+            f"cluster.rendezvous={place} -> {_what_failed(error, fewest)} within "
+            f"cluster.rendezvous_timeout_s={timeout_s} -> start this command on the other nodes, "
+            "too, that of the rendezvous among them, and see whether its port may be reached"
+        ) from error
 
 
 def _run_agent(
@@ -88,7 +110,7 @@ def _run_agent(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    before = dict(os.environ)
+    before, status = dict(os.environ), run.status
     os.environ |= environment
     try:
         agent = LaunchConfig(
@@ -102,7 +124,7 @@ def _run_agent(
         return _code_after_signal(run, str(error))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        return _code_after_failure(run, rank, failure.exitcode)
+        return _code_after_failure(run, status, rank, failure.exitcode)
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -119,15 +141,25 @@ def _rank_environment(num_ranks: int) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         # Seconds to finish a step and save in after a signal; torch 2.11 knows 30 only.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+        LAUNCHED_AT: str(launched_at()),
     }
 
 
-def _code_after_failure(run: RunDirectory, rank: int, exitcode: int) -> int:
-    """Say which rank ended the run and why; the others fail after it, with less to tell."""
+def _code_after_failure(run: RunDirectory, before: dict[str, Any], rank: int, exitcode: int) -> int:
+    """Say which rank ended the run and why; the others fail after it, with less to tell.
+
+    Raises:
+        ValueError: The ranks did not come to have the run.
+    """
     if exitcode == PREEMPTED:
         return PREEMPTED
+    if exitcode > 0 and run.status == before and before.get("state") != "starting":
+        raise ValueError(
+            f"rank {rank} -> it was refused before it touched run {run.path.name}, and has said "
+            "why -> see its `error:` line above"
+        )
     logs = (run.path / "logs").glob(f"*/attempt_*/{rank}/stderr.log")
-    log = max(logs, key=os.path.getmtime) if rank else None
+    log = max(logs, key=os.path.getmtime, default=None) if rank else None
     status = run.status
     if exitcode < 0:
         name = signal.Signals(-exitcode).name
@@ -143,6 +175,21 @@ def _code_after_failure(run: RunDirectory, rank: int, exitcode: int) -> int:
     run.write_failure(reason, status.get("step", 0))
     print(f"error: {reason}", file=sys.stderr)
     return FAILED
+
+
+def _what_failed(error: Exception, fewest: int) -> str:
+    from torch.distributed.elastic.rendezvous.api import RendezvousTimeoutError
+
+    if isinstance(error, RendezvousTimeoutError):
+        return f"fewer than cluster.nodes={fewest} have met there"
+    return f"nobody has answered there ({error.__cause__ or error})".replace("\n", " ")
+
+
+def _code_after_others(run: RunDirectory) -> int:
+    """The other nodes have ended the run while this one was to join them; its status tells how."""
+    state, reason = run.status.get("state"), run.status.get("reason")
+    print(f"the other nodes have ended the run: {state}: {reason}", file=sys.stderr)
+    return {"done": DONE, "preempted": PREEMPTED}.get(state or "", FAILED)
 
 
 def _code_after_signal(run: RunDirectory, reason: str) -> int:

@@ -20,7 +20,7 @@ FREE_KEYS = (
     "module.preview", "module.generation", "module.pictures",  # of evaluations
     "module.scores.names", "module.scores.bleu_tokenize", "module.scores.max_samples",
     "module.scores.num_rows",
-    "checkpoint", "checkpoints", "resume", "plan",
+    "checkpoint", "checkpoints", "resume", "plan", "sweep",
 )  # fmt: skip
 # Keys that runs begun before there were such did not have. Whatever they say now, those runs were
 # not made of it: what reads them, an optimizer say, has come with them.
@@ -42,7 +42,7 @@ def refuse_changes(old: DictConfig, new: DictConfig, run: str) -> None:
     changed = changed_keys(old, new)
     free = FREE_KEYS + (LENGTH_KEYS if new.resume.extend else ())
     free += ("module.optimizer",) if new.resume.drop else ()
-    refused = [line for key, line in changed.items() if not _is_within(key, free)]
+    refused = [line for key, line in changed.items() if not is_within(key, free)]
     if refused:
         remedy = ""
         if any(key in LENGTH_KEYS for key in changed) and not new.resume.extend:
@@ -94,7 +94,7 @@ def differences(one: DictConfig, other: DictConfig) -> list[str]:
     """Lines on the keys by which two configurations cannot be of one run, whichever is older."""
     there, back = changed_keys(one, other), changed_keys(other, one)
     free = FREE_KEYS + LENGTH_KEYS
-    return [line for key, line in there.items() if key in back and not _is_within(key, free)]
+    return [line for key, line in there.items() if key in back and not is_within(key, free)]
 
 
 def changed_keys(old: DictConfig, new: DictConfig) -> dict[str, str]:
@@ -107,7 +107,7 @@ def changed_keys(old: DictConfig, new: DictConfig) -> dict[str, str]:
         key: f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-        and not (key not in before and _is_within(key, ADDED_KEYS))
+        and not (key not in before and is_within(key, ADDED_KEYS))
     }
 
 
@@ -126,5 +126,6 @@ def flatten(config: Any) -> dict[str, Any]:
     return flat
 
 
-def _is_within(key: str, roots: tuple[str, ...]) -> bool:
+def is_within(key: str, roots: tuple[str, ...]) -> bool:
+    """Whether a dotted key is one of `roots`, patterns of keys, or below one."""
     return any(fnmatchcase(key, root) or fnmatchcase(key, f"{root}.*") for root in roots)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -72,25 +73,37 @@ class RunDirectory:
 
     @contextmanager
     def noting_failed_start(self) -> Iterator[None]:
-        """Write down, as rank zero, why a run ends before there is a trainer."""
+        """Write down why a run ends before there is a trainer.
+
+        What all ranks run into is rank 0's to say; what one of the others does, that rank's.
+        """
+        rank = os.environ.get("RANK", "0")
         try:
             yield
+        except StoppedError as error:
+            if rank == "0" and self.status.get("state") == "starting":
+                self.write_status("preempted", f"{error} before the first step")
+            raise
         except Exception as error:
-            if os.environ.get("RANK", "0") == "0" and self.status.get("state") == "starting":
-                self.write_failure(str(error.__cause__ or error), 0)
+            status, reason = self.status, str(error.__cause__ or error)
+            state = status.get("state")
+            if rank != "0" and state in ("starting", "running"):
+                self.write_failure(f"rank {rank} on {gethostname()} failed: {reason}", 0)
+            if rank == "0" and (state == "starting" or status.get("reason", "").endswith(reason)):
+                self.write_failure(reason, 0)
             raise
 
     @contextmanager
-    def status_of(self, trainer: Any) -> Iterator[Callable[[str, str], None]]:
+    def status_of(self, trainer: Any) -> Iterator[Callable[..., None]]:
         """Keep `status.json` true while `trainer` works; gives a function to say how it ended.
 
         Written by rank zero; an exception that passes through is the reason of a failed run.
         """
 
-        def write(state: str, reason: str = "") -> None:
+        def write(state: str, reason: str = "", **facts: Any) -> None:
             if trainer.is_global_zero:
-                self.write_status(state, reason, step=trainer.global_step)
-                if state in ("running", "preempted"):
+                self.write_status(state, reason, step=trainer.global_step, **facts)
+                if state == "running":  # how it ends is the command's last line
                     print(f"run {self.path.name}: {state}: {reason}", flush=True)
 
         begins = self._describe_start(trainer.strategy.checkpoint_io.drops_optimizer)

@@ -8,15 +8,19 @@ import re
 import signal
 import sys
 import threading
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
 import hydra.utils
+import psutil
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +29,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from launch.run_directory import StoppedError
 
 DONE, FAILED, PREEMPTED = 0, 1, 75
+LEFT_BEHIND = 76  # between functions only: preempted, since ranks of other nodes were
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT}
+LAUNCHED_AT = "TRAINYARD_LAUNCHED_AT"
+"""Environment variable of ranks that our own command has started: when it began."""
 _TOGETHER = (
     "parts that go together: module=gpt with datamodule=text, module=encoder_decoder with "
     "datamodule=pairs or denoising, module=gan with datamodule=images"
@@ -35,49 +43,81 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Verb = Callable[[DictConfig], int | None]
 
 
-def verb(config_name: str) -> Callable[[Verb], Callable[[], None]]:
+@dataclass
+class Ending:
+    """How a verb has ended, for what is to be said last.
+
+    Attributes:
+        config: Its configuration.
+        began: Time of the clock when it began.
+        code: Its exit code.
+        problem: Why it did not come to its end, where it is an error or a signal that says so.
+    """
+
+    config: DictConfig
+    began: float
+    code: int
+    problem: str | None
+
+
+def verb(
+    config_name: str,
+    say_end: Callable[[Ending], None] = lambda ending: None,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Callable[[Verb], Callable[[], None]]:
     """Make a function of a configuration the program of `conf/<config_name>.yaml`.
 
     What users can mend (an error in the form key -> why -> remedy, an override that does not
     compose) is printed as one message without a traceback. The exit code is what the function
-    returns: 0 done, 75 preempted, 1 failed.
+    returns: 0 done, 75 preempted, 1 failed. Hydra works within `around`, and `say_end` has the
+    last word.
     """
 
     def decorate(function: Verb) -> Callable[[], None]:
         def program() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing and leaving
             stop_by_exception()
-            ended: dict[str, Any] = {}
+            began, ended = time.time(), dict[str, Any]()
 
             def job(config: DictConfig) -> None:
+                ended["config"] = config
                 try:
                     ended["code"] = function(config)
-                except StoppedError as reason:
-                    print(f"stopped by {reason}: the same command starts again", file=sys.stderr)
-                    ended["code"] = PREEMPTED
-                except Exception as error:  # past Hydra, which would add lines of its own
+                except (Exception, StoppedError) as error:  # past Hydra, which would add lines
                     ended["error"] = error
 
             compose = hydra.main(
                 version_base=None, config_path="pkg://conf", config_name=config_name
             )
             try:
-                compose(job)()
-            except StoppedError:
-                ended["code"] = PREEMPTED
-            except (HydraException, OmegaConfBaseException) as error:
+                with around():
+                    compose(job)()
+            except (StoppedError, Exception) as error:
                 ended["error"] = error
+            code, problem = ended.get("code") or DONE, None
             if "error" in ended:
-                message = explain(ended["error"], config_name)
-                if message is None:
-                    raise ended["error"]
-                print(f"error: {message}", file=sys.stderr)
-                sys.exit(FAILED)
-            sys.exit(ended.get("code") or DONE)
+                code, problem = _say(ended["error"], config_name)
+            if "config" in ended:
+                say_end(Ending(ended["config"], began, code, problem))
+            sys.exit(code)
 
         return program
 
     return decorate
+
+
+def _say(error: BaseException, config_name: str) -> tuple[int, str]:
+    """Print why a verb has not come to its end; gives the exit code, and that."""
+    if isinstance(error, StoppedError):
+        problem = f"stopped by {error}: the same command starts again"
+        print(problem, file=sys.stderr, flush=True)
+        return PREEMPTED, problem
+    problem = explain(error, config_name)
+    if problem is None:
+        traceback.print_exception(error)
+        return FAILED, f"{type(error).__name__}: {error}"
+    print(f"error: {problem}", file=sys.stderr, flush=True)
+    return FAILED, problem
 
 
 def stop_by_exception() -> None:
@@ -86,22 +126,33 @@ def stop_by_exception() -> None:
     def stop(number: int, frame: object) -> None:
         raise StoppedError(signal.Signals(number).name)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, stop)
+
+
+def outcome_of(work: Callable[[], int], config_name: str) -> tuple[int, str | None]:
+    """Do the work of a rank that others have started; an error that users can mend is a line.
+
+    Returns:
+        Its exit code, and why it did not come to its end.
+    """
+    try:
+        return work(), None
+    except (Exception, StoppedError) as error:
+        return _say(error, config_name)
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Let SIGTERM and SIGUSR1 wait for nothing: what goes on is what they would ask for.
+    """Let requests to stop wait for nothing: what goes on is what they would ask for.
 
     Ctrl-C still ends it. Other threads than the main one get no signals anyway.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {
-        each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGTERM, signal.SIGUSR1)
-    }
+    requests = STOP_SIGNALS - {signal.SIGINT}
+    before = {each: signal.signal(each, signal.SIG_IGN) for each in requests}
     try:
         yield
     finally:
@@ -121,7 +172,8 @@ def explain(error: BaseException, config_name: str) -> str | None:
         chain = chain.__cause__ or chain.__context__
     text = str(error)
     if found := re.search(r"Could not find '([^']+)'", text):
-        option, options = found[1], re.findall(r"^\t(.+)$", text, re.MULTILINE)
+        listed = text.partition("Config search path")[0]
+        option, options = found[1], re.findall(r"^\t(.+)$", listed, re.MULTILINE)
         group, _, choice = option.rpartition("/")
         return f"{group}={choice} -> there is none of that name -> {_suggest(choice, options)}"
     if found := re.search(r"Could not override '([^']+)'", text):
@@ -158,7 +210,7 @@ def refuse_unknown_keys(config: DictConfig, config_name: str) -> None:
         ValueError: There is such a key.
     """
     known = set(_all_keys(config_name))
-    free = {"data", "plan", "hydra", "trainer.callbacks"}
+    free = {"data", "plan", "hydra", "trainer.callbacks", "cluster.sbatch"}
 
     def walk(node: Any, prefix: str) -> None:
         for key, value in node.items():
@@ -194,6 +246,11 @@ def say_once(*notes: str) -> None:
             print(f"note: {note}", file=sys.stderr, flush=True)
 
 
+def launched_at() -> float:
+    """When this launch began, by the clock: the command that has started the ranks, or this one."""
+    return float(os.environ.get(LAUNCHED_AT) or psutil.Process().create_time())
+
+
 def plain(config: DictConfig) -> dict[str, Any]:
     """The configuration as a dictionary, interpolations resolved."""
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
@@ -220,7 +277,9 @@ def _all_keys(config_name: str) -> tuple[str, ...]:
     outer = GlobalHydra.instance().hydra  # of the command line, while it runs
     GlobalHydra.instance().clear()
     with hydra.initialize_config_module("conf", version_base=None):
-        composed = hydra.compose(config_name)
+        # Of clusters this one has all the keys that there are.
+        chosen = ["cluster=slurm"] if config_name == "train" else []
+        composed = hydra.compose(config_name, overrides=chosen)
     GlobalHydra.instance().hydra = outer
 
     def walk(node: Any, prefix: str) -> list[str]:

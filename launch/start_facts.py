@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from launch.resume_rules import flatten
 
 PACKAGES = ("torch", "lightning", "deepspeed", "numpy", "safetensors", "tokenizers", "hydra-core")
+OF_A_NODE = {"cluster.interface", "cluster.rendezvous"}
+"""What each node may call by another name."""
 OURS = ("conf", "datamodules", "launch", "modules", "trainers")
 
 
@@ -19,7 +21,8 @@ def facts_of_start(config: DictConfig) -> dict[str, str]:
     facts = {"python": platform.python_version(), **{each: _version(each) for each in PACKAGES}}
     facts["code"] = digest_of_code(Path(__file__).parent.parent)
     written: Any = OmegaConf.to_container(config, resolve=False)
-    return facts | {key: str(value) for key, value in flatten(written).items()}
+    settings = {key: value for key, value in flatten(written).items() if key not in OF_A_NODE}
+    return facts | {key: str(value) for key, value in settings.items()}
 
 
 def facts_of_data(config: DictConfig) -> dict[str, str]:

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from omegaconf import DictConfig
 
 from launch.run_directory import RunDirectory
 from launch.run_home import directory_of
+from tests.cluster.hosts import why_not
 
 # Two ranks or workers beside the tests' own process would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-NAMED_MARKS = {"gpu", "slurm", "slow"}
+NAMED_MARKS = {"gpu", "hosts", "slurm", "slow"}
 _other_skips: list[str] = []
 
 
@@ -30,12 +32,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("no CUDA device")
     if item.get_closest_marker("slurm") and shutil.which("slurmctld") is None:
         pytest.skip("no Slurm installation")
+    if item.get_closest_marker("hosts") and (reason := why_not()):
+        pytest.skip(f"no hosts made of namespaces: {reason}")
 
 
+@pytest.hookimpl(trylast=True)  # of what is left when the others have deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    allowed_s: Counter[Path] = Counter()
     for item in items:
         names = {mark.name for mark in item.iter_markers()}
         item.user_properties.append(("named", bool(names & NAMED_MARKS)))
+        if timeout := item.get_closest_marker("timeout"):
+            allowed_s[item.path] = max(allowed_s[item.path], timeout.args[0])
+    # Of two processes one would end alone with the longest file, were it not among the first.
+    items.sort(key=lambda item: -allowed_s[item.path])
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

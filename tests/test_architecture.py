@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OURS = {"modules", "datamodules", "trainers", "launch", "conf"}
+HEAVY = {"torch", "lightning", "deepspeed", "wandb", "transformers", "matplotlib"}
 FORBIDDEN = {
     "modules": (OURS - {"modules", "datamodules"}) | {"hydra", "wandb", "webdataset", "deepspeed"},
     "datamodules": (OURS - {"datamodules"}) | {"hydra", "wandb", "deepspeed"},
@@ -81,4 +82,30 @@ def test_starting_process_imports_nothing_heavy_before_composing():
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     loaded = set(re.findall(r"'(\w+)'", out.stdout))
     assert "hydra" in loaded
-    assert not loaded & {"torch", "lightning", "deepspeed", "wandb", "transformers", "matplotlib"}
+    assert not loaded & HEAVY
+
+
+def test_help_of_every_verb_imports_nothing_heavy():
+    verbs = [p.stem for p in (ROOT / "launch").glob("*.py") if "runtime.verb(" in p.read_text()]
+    assert {"train", "prepare", "evaluate", "generate", "export", "checkpoints"} <= set(verbs)
+    loaded = run_help(verbs)
+    assert "hydra" in loaded
+    assert not loaded & HEAVY
+
+
+def run_help(verbs):
+    """Packages that are loaded once each verb, in one process, has told what it can do."""
+    code = """
+import importlib, sys
+for verb in sys.argv[1:]:
+    sys.argv = [verb, "--help"]
+    try:
+        importlib.import_module(f"launch.{verb}").main()
+    except SystemExit as end:
+        assert not end.code, verb
+print("LOADED", *{name.partition(".")[0] for name in sys.modules})
+"""
+    command = [sys.executable, "-c", code, *verbs]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("LOADED ")[2].split())

@@ -42,9 +42,17 @@ def run_there(command, folder, site):
 
 
 def test_wheel_holds_the_packages_and_their_configuration(installed):
-    for name in ("modules/gpt.py", "conf/train.yaml", "conf/experiment/gpt_quickstart.yaml"):
+    others = ("conf/train.yaml", "conf/experiment/gpt_quickstart.yaml", "launch/slurm/train.sbatch")
+    for name in ("modules/gpt.py", *others):
         assert (installed / name).is_file()
     assert not (installed / "tests").exists()
+
+
+def test_sweep_runs_from_an_installed_wheel(installed, tmp_path):
+    done = run_there(["-m", "launch.train", "-m", "no.such=1,2"], tmp_path, installed)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "0 of 2 jobs done, 2 failed" in done.stdout
+    assert (tmp_path / "runs/sweeps/default/sweep.json").exists()
 
 
 def test_users_own_module_trains_from_an_installed_wheel(installed, listings, tmp_path, text_file):

@@ -1,6 +1,7 @@
 """One Lightning Trainer from a run's configuration."""
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lightning.pytorch.profilers import Profiler
 from trainers.activation_checkpointing import ActivationCheckpointing
 from trainers.batch_plan import in_steps
 from trainers.callbacks.checkpointing import Checkpointing
+from trainers.callbacks.own_work import OwnWork
 from trainers.callbacks.pictures import Pictures
 from trainers.callbacks.preemption import Preemption
 from trainers.callbacks.previews import Previews
@@ -29,6 +31,8 @@ from trainers.callbacks.watchdog import Report, Watchdog
 from trainers.checkpoint_parts import without_credentials
 from trainers.checkpoint_writer import CheckpointDirectory
 from trainers.metrics import JsonLines, StampedLogger
+from trainers.slowest_rank import SlowestRank
+from trainers.spot_notices import SpotNotices
 from trainers.strategies.parts import PartsStrategy
 
 
@@ -44,8 +48,10 @@ def build_trainer(
     callbacks: list[Callback],
     profiler: Profiler | None,
     report: Report = lambda reason, step: None,
+    last_words: Callable[[str], None] = lambda reason: None,
     drops_optimizer: bool = False,
     on_commit: Callable[[Path], None] | None = None,
+    launched_at: float | None = None,
 ) -> lightning.Trainer:
     """Put a run's Trainer together.
 
@@ -63,8 +69,10 @@ def build_trainer(
         callbacks: The user's own, run before ours.
         profiler: A Lightning profiler, or None.
         report: Is told why the run fails, by the rank that knows it.
+        last_words: Is told why where the process then ends at once.
         drops_optimizer: Whether to continue without the optimizer state of the checkpoint.
         on_commit: Is called on rank 0 with each new checkpoint, in a thread.
+        launched_at: Time of the clock from which on the budget counts; None for now.
     """
     plan, options, saves = config["plan"], config["trainer"], dict(config["checkpoints"])
     writer = CheckpointDirectory(
@@ -77,13 +85,16 @@ def build_trainer(
         saves[f"{name}_steps"] = in_steps(saves, name, plan["batch_samples"])
         del saves[f"{name}_images"]
     val_every = in_steps(options, "val_every", plan["batch_samples"])
-    guard, vote = StepGuard(**options["guard"]), StepVote()
+    guard, vote, own_work = StepGuard(**options["guard"]), StepVote(), OwnWork()
+    watchdog = Watchdog(timeout_s=options["timeout_s"], report=report, last_words=last_words)
     metrics = StepMetrics(
         log_every_steps=options["log_every_steps"],
         batch_samples=plan["batch_samples"],
         tokens_per_sample=plan["tokens_per_sample"],
         unit=plan["unit"],
         guard=guard,
+        own_work=own_work,
+        slowest=SlowestRank(watchdog.name_of),
     )
     accelerator = resolve_accelerator(options["accelerator"])
     checkpointing = Checkpointing(directory / "checkpoints", **saves, guard=guard, vote=vote)
@@ -111,7 +122,8 @@ def build_trainer(
         plugins=[writer, environment()],
         logger=loggers,
         callbacks=[
-            Watchdog(timeout_s=options["timeout_s"], report=report),
+            watchdog,
+            own_work,  # the user's callbacks are part of it
             *callbacks,
             KeyedRandomness(seed=config["seed"]),
             ActivationCheckpointing(config["activation_checkpointing"]),
@@ -126,7 +138,7 @@ def build_trainer(
             ),
             checkpointing,
             ProgressBar(metrics, monitor=saves["monitor"]),
-            Preemption(checkpointing, vote),
+            _preemption(config["cluster"], checkpointing, vote, launched_at or time.time()),
         ],
         default_root_dir=directory,
         enable_checkpointing=False,
@@ -136,6 +148,19 @@ def build_trainer(
     )
     _stamp_rows(trainer, loggers, plan)
     return trainer
+
+
+def _preemption(
+    cluster: Mapping[str, Any], checkpointing: Checkpointing, vote: StepVote, launched_at: float
+) -> Preemption:
+    # Runs of earlier versions lack these keys.
+    minutes, notice = cluster.get("budget_minutes"), cluster.get("notice")
+    return Preemption(
+        checkpointing,
+        vote,
+        ends_at=None if minutes is None else launched_at + 60 * minutes,
+        notices=SpotNotices(notice, every_s=cluster["notice_every_s"]) if notice else None,
+    )
 
 
 def resolve_accelerator(accelerator: str) -> str:

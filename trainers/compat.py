@@ -15,7 +15,7 @@ from typing import Any
 
 from trainers.batch_plan import IMAGES_KEY
 from trainers.limits import check_values
-from trainers.rules import RULES, Facts, Launch, rule
+from trainers.rules import RULES, Facts, Launch, is_submission, rule
 from trainers.strategies.deepspeed_settings import DECIDED_ELSEWHERE, KNOWN, UNUSABLE
 
 ZERO = "zero1, zero2, zero3, zero3_offload"
@@ -83,7 +83,8 @@ def _single_among_many(launch: Launch) -> Facts:
 )
 def _nodes_without_ranks(launch: Launch) -> Facts:
     nodes = launch.config["cluster"]["nodes"]
-    return None if nodes == 1 or "RANK" in os.environ else {"nodes": nodes}
+    has_starter = "RANK" in os.environ or is_submission(launch.config)
+    return None if nodes == 1 or has_starter else {"nodes": nodes}
 
 
 @rule(

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -19,13 +19,18 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 SILENCE_S = 4.0
 """A rank that gives no sign of life for so long is dead or frozen; it gives one every second."""
 
+GONE_S = 60.0
+"""A rank that gives no sign of life for so long while others wait does not come back: its machine
+may have vanished without a word, and collectives would wait for it as long as they may."""
+
 STORE_TIMEOUT_S = 10.0
 
 LIBRARIES = (f"{os.sep}site-packages{os.sep}", os.path.dirname(threading.__file__), "<frozen")
 
 Record = dict[str, Any]
 """What a rank tells of itself: `beat` (how often it has), `position` (how far it is; lists compare
-between ranks), `step`, `doing`, `place` in the code, `is_waiting` in a collective."""
+between ranks), `step`, `doing`, `place` in the code, `is_waiting` in a collective; `host` where
+there are several."""
 
 
 class Heartbeats:
@@ -38,6 +43,8 @@ class Heartbeats:
 
     def __init__(self, rank: int, num_ranks: int):
         self.rank, self.num_ranks = rank, num_ranks
+        self._first: dict[int, Record] = {}  # of rank 0, as it was last read
+        self._heard: dict[int, tuple[Any, float]] = {}  # rank -> its last beat, and since when
         self._store: Store | None = None
         if num_ranks > 1:
             # A connection of its own: the main thread may wait on the other, holding its lock.
@@ -46,8 +53,10 @@ class Heartbeats:
             self._store = PrefixStore("heartbeats", store)
 
     def publish(self, record: Record) -> None:
-        """Give a sign of life."""
+        """Give a sign of life, and look at that of rank 0."""
         self._ask(lambda store: store.set(str(self.rank), json.dumps(record)))
+        if self.rank:
+            self._first = self._ask(lambda store: self._read(store, [0])) or self._first
 
     def tell(self, reason: str) -> bool:
         """Leave the reason for which the run fails; gives whether nobody was faster."""
@@ -66,16 +75,40 @@ class Heartbeats:
         """
         if self._store is None:
             return {}, []
-        before = self._ask(self._read) or {}
+        before = self._ask(self._read)
         time.sleep(SILENCE_S)
-        after = self._ask(self._read) or {}
+        after = self._ask(self._read)
+        if before is None or after is None:  # the store is gone, and rank 0, whose it was, with it
+            return self._first, [0] if self.rank else []
         others = (rank for rank in range(self.num_ranks) if rank != self.rank)
         silent = [rank for rank in others if before.get(rank) == after.get(rank)]
         return after, silent
 
-    def _read(self, store: Store) -> dict[int, Record]:
-        ranks = [rank for rank in range(self.num_ranks) if store.check([str(rank)])]
-        return {rank: json.loads(store.get(str(rank))) for rank in ranks}
+    def is_one_gone(self) -> bool:
+        """Whether a rank has been silent for `GONE_S`, or some rank has left a reason to end.
+
+        For a rank that waits, to ask again and again. Rank 0 listens to all, the others to rank 0.
+        """
+        now, told = time.monotonic(), self.told()
+        watched = [0] if self.rank else range(1, self.num_ranks)
+        records = self._ask(lambda store: self._read(store, watched)) or {}
+        beats = {rank: record["beat"] for rank, record in records.items()}
+        if self.rank and not beats:  # the store is gone
+            beats = {0: None}
+        self._heard |= {
+            rank: (beat, now)
+            for rank, beat in beats.items()
+            if rank not in self._heard or self._heard[rank][0] != beat
+        }
+        return told is not None or any(now - since > GONE_S for _, since in self._heard.values())
+
+    def name_of(self, rank: int) -> str:
+        """A rank's name for people, as `name_rank`."""
+        return name_rank(rank, (self._ask(lambda store: self._read(store, [rank])) or {}).get(rank))
+
+    def _read(self, store: Store, ranks: Iterable[int] | None = None) -> dict[int, Record]:
+        there = [rank for rank in ranks or range(self.num_ranks) if store.check([str(rank)])]
+        return {rank: json.loads(store.get(str(rank))) for rank in there}
 
     def _ask(self, question: Callable[[Store], Any]) -> Any:
         """Ask the store; None where it does not answer, or there is none."""
@@ -95,6 +128,12 @@ class Heartbeats:
         return answers[0] if answers else None
 
 
+def name_rank(rank: int, record: Record | None) -> str:
+    """Name a rank, with its host where there are several and it has said which is its own."""
+    host = record and record["host"]
+    return f"rank {rank} on {host}" if host else f"rank {rank}"
+
+
 def blame(records: dict[int, Record], silent: list[int]) -> str:
     """Say which rank the others wait for and where it stands: a silent one, or the furthest behind.
 
@@ -106,13 +145,15 @@ def blame(records: dict[int, Record], silent: list[int]) -> str:
         last = records.get(rank)
         since = f"step {last['step']} ({last['doing']})" if last else "the start"
         return (
-            f"rank {rank} has not been heard of since {since}: it was killed (the usual reason is "
-            f"memory), it is frozen, or its machine is gone"
+            f"{name_rank(rank, last)} has not been heard of since {since}: it was killed (the "
+            f"usual reason is memory), it is frozen, or its machine is gone"
         )
     lowest = min(map(_furthest_behind, records.values()))
     behind = [rank for rank, record in records.items() if _furthest_behind(record) == lowest]
-    one = len(behind) == 1
-    who = f"rank {behind[0]} has" if one else f"ranks {', '.join(map(str, behind))} have all"
+    names = [name_rank(rank, records[rank]) for rank in behind]
+    who = f"{names[0]} has"
+    if len(behind) > 1:
+        who = f"ranks {', '.join(name.removeprefix('rank ') for name in names)} have all"
     last = records[behind[0]]
     return f"{who} made no progress since step {last['step']}, {last['doing']} ({last['place']})"
 

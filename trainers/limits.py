@@ -7,6 +7,8 @@ import torch
 
 from trainers.activation_checkpointing import ActivationCheckpointing
 from trainers.callbacks.step_guard import ACTIONS
+from trainers.rules import is_submission
+from trainers.spot_notices import LOOKS
 
 PRECISIONS = ("fp32", "bf16", "fp16", "auto")
 ACCELERATORS = ("auto", "cpu", "cuda")
@@ -68,13 +70,15 @@ def _choices(config: Mapping[str, Any]) -> str | None:
 
 def _devices(config: Mapping[str, Any]) -> str | None:
     accelerator, devices = config["trainer"]["accelerator"], config["trainer"]["devices"]
+    if not isinstance(devices, int) or devices < 1:
+        return f"trainer.devices={devices} -> a number of devices per node -> use 1 or more"
+    if is_submission(config):
+        return None  # what this machine has does not matter
     if accelerator == "cuda" and not torch.cuda.is_available():
         return (
             "trainer.accelerator=cuda -> torch sees no CUDA device on this machine -> "
             "use trainer.accelerator=auto, or look at `nvidia-smi` and the installed torch"
         )
-    if not isinstance(devices, int) or devices < 1:
-        return f"trainer.devices={devices} -> a number of devices per node -> use 1 or more"
     if uses_cuda(config) and devices > torch.cuda.device_count():
         return (
             f"trainer.devices={devices} -> this machine has {torch.cuda.device_count()} CUDA "
@@ -144,4 +148,19 @@ def _failures(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-CHECKS: tuple[Check, ...] = (_choices, _devices, _counts, _run_name, _clip, _failures)
+def _stops(config: Mapping[str, Any]) -> str | None:
+    cluster = config["cluster"]
+    for name, never in (("budget_minutes", ", or null for none"), ("notice_every_s", "")):
+        value = cluster.get(name, 1)  # runs of earlier versions lack both
+        if not (isinstance(value, int | float) and value > 0) and not (never and value is None):
+            return f"cluster.{name}={value} -> it is a number -> use more than 0{never}"
+    notice = str(cluster.get("notice") or "aws")
+    if notice not in LOOKS and not notice.startswith(("http://", "https://")):
+        return (
+            f"cluster.notice={notice} -> neither a cloud nor a url -> use one of "
+            f"{', '.join(LOOKS)}, or a url that begins with http:// or https://"
+        )
+    return None
+
+
+CHECKS: tuple[Check, ...] = (_choices, _devices, _counts, _run_name, _clip, _failures, _stops)

@@ -1,10 +1,16 @@
 """What a rule about a launch is; the rules themselves are in `trainers/compat.py`."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 Facts = dict[str, Any] | None
+
+
+def is_submission(config: Mapping[str, Any]) -> bool:
+    """Whether the run is to become a job of Slurm's: it will be on other machines than this."""
+    return config["cluster"].get("name") == "slurm" and "SLURM_JOB_ID" not in os.environ
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A Slurm cluster on this machine, for the tests that need one."""
+"""A Slurm cluster on this machine, and hosts without one, for the tests that need them."""
 
 import subprocess
 import tempfile
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.elastic_runs import ElasticRun
+from tests.cluster.hosts import Hosts
 from tests.cluster.slurm_cluster import SlurmCluster
 
 NAMESPACES = ["unshare", "--uts", "--ipc", "--net", "--pid", "--mount", "--fork", "true"]
@@ -31,6 +33,19 @@ def slurm(cluster) -> Iterator[SlurmCluster]:
     """The same, with both nodes in order again after the test."""
     yield cluster
     cluster.heal()
+
+
+@pytest.fixture
+def hosts(tmp_path) -> Iterator[Hosts]:
+    """Three hosts of this test's own."""
+    with Hosts(3, tmp_path / "hosts") as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def run(tmp_path, small_settings, hosts) -> ElasticRun:
+    """A run that is started on these hosts."""
+    return ElasticRun(tmp_path, small_settings, hosts)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -33,11 +33,15 @@ class ObjectStore:
     Attributes:
         faults: key -> names of what happens to its next reads, in turn.
         reads: key -> number of its ranges asked for, faults included.
+        stalls: whether the upload of a key is to stop in the middle, for good.
+        stalled: set once one has.
     """
 
     def __init__(self) -> None:
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.reads: Counter[str] = Counter()
+        self.stalls: Callable[[str], bool] = lambda key: False
+        self.stalled = threading.Event()
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._closing = threading.Event()
         self._server = make_server(
@@ -70,6 +74,8 @@ class ObjectStore:
 
     def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Answer:
         key = environ["PATH_INFO"].removeprefix(f"/{BUCKET}/")
+        if environ["REQUEST_METHOD"] == "PUT" and self.stalls(key):
+            return self._stall(environ)
         if environ["REQUEST_METHOD"] != "GET":
             return self._moto(environ, start_response)
         self.reads[key] += 1
@@ -77,6 +83,12 @@ class ObjectStore:
             return self._moto(environ, start_response)
         fault = self.faults[key].pop(0)
         return getattr(self, f"_{fault}")(environ, start_response)
+
+    def _stall(self, environ: dict[str, Any]) -> Answer:
+        environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]) // 2)
+        self.stalled.set()
+        self._closing.wait(SLOW_S)
+        raise ConnectionResetError  # nothing has been stored
 
     def _unavailable(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Answer:
         body = b"<Error><Code>SlowDown</Code><Message>Please reduce your rate.</Message></Error>"

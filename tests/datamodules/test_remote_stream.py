@@ -120,6 +120,23 @@ def test_remote_shards_give_the_batches_of_local_ones(
     assert again.counters()["fetched_bytes"] == 0
 
 
+def test_nodes_that_share_the_folder_have_caches_of_their_own(
+    uploaded: tuple[PreparedCorpus, str],
+    make_data: Callable[..., TextDataModule],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fetched = []
+    for node in ("one", "two", "one"):
+        monkeypatch.setattr("platform.node", lambda node=node: node)
+        loader = make_data(uploaded[0]).train_dataloader()
+        drain(loader)
+        fetched.append(loader.counters()["fetched_bytes"])
+    assert fetched[0] == fetched[1] > 0
+    assert fetched[2] == 0
+    assert {path.name for path in (tmp_path / "blocks").iterdir()} == {"one", "two"}
+
+
 def test_run_moves_between_disk_and_object_store(
     corpus: Corpus, uploaded: tuple[PreparedCorpus, str], make_data: Callable[..., TextDataModule]
 ) -> None:
@@ -160,6 +177,17 @@ def test_cache_smaller_than_what_is_mixed_is_refused(
         ValueError, match=r"datamodule.cache.gb=0.001 -> the shuffle mixes 16 lanes"
     ):
         make_data(uploaded[0], cache=cache).train_dataloader()
+
+
+def test_corpus_is_prepared_as_the_experiment_expects(
+    uploaded: tuple[PreparedCorpus, str], store: ObjectStore, tmp_path: Path
+) -> None:
+    there = {"name": "x", "path": uploaded[0].path, "storage_options": store.options}
+    PreparedCorpus(**there, chunk_kb=2).prepare(tmp_path / "copies")
+    with pytest.raises(ValueError, match=r"corpus.chunk_kb=4 -> of the data .* it is 2 -> "):
+        PreparedCorpus(**there, chunk_kb=4).prepare(tmp_path / "copies")
+    with pytest.raises(ValueError, match=r"corpus.chunk=2 -> .* there is no such setting -> .*~"):
+        PreparedCorpus(**there, chunk=2).prepare(tmp_path / "copies")
 
 
 def test_missing_corpus_is_named(store: ObjectStore, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 import multiprocessing
+import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -45,7 +45,7 @@ def test_workers_outlive_a_request_to_stop_and_obey_their_parent(index: Index) -
     first = [next(batches), next(batches)]  # each worker has begun
     workers = multiprocessing.active_children()
     assert len(workers) == 2
-    _stop_workers()
+    _stop(*(worker.pid for worker in workers))
     reference = list(make_loader(index, 0))
     for ours, theirs in zip([*first, *batches], reference, strict=True):
         assert torch.equal(ours["inputs"], theirs["inputs"])
@@ -56,28 +56,26 @@ def test_workers_outlive_a_request_to_stop_before_their_first_line(
 ) -> None:
     quiet = workers_module._quiet_signals
 
-    def late(worker: int) -> None:
-        time.sleep(1)
-        quiet(worker)
+    def late() -> None:
+        _stop(os.getpid())
+        quiet()
 
     monkeypatch.setattr(workers_module, "_quiet_signals", late)
-    loader = make_loader(index, 2)
-    batches = iter(loader)
-    threading.Timer(0.5, _stop_workers).start()
     reference = make_loader(index, 0)
-    for ours, theirs in zip(batches, reference, strict=True):
+    for ours, theirs in zip(make_loader(index, 2), reference, strict=True):
         assert torch.equal(ours["inputs"], theirs["inputs"])
 
 
-def _stop_workers() -> None:
-    # From another process, as a launcher or a terminal sends them.
-    for worker in multiprocessing.active_children():
-        for name in ("TERM", "INT", "USR1"):
-            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+def _stop(*processes: int) -> None:
+    # By another process, as a launcher or a terminal does.
+    numbers = " ".join(map(str, processes))
+    kills = [f"kill -{name} {numbers}" for name in ("TERM", "INT", "USR1", "USR2")]
+    subprocess.run(" && ".join(kills), shell=True, check=True)
 
 
 LEAVES = """
 import sys
+import time
 from pathlib import Path
 from datamodules.index import read_index
 from datamodules.loader import TrainLoader, order_of
@@ -87,6 +85,8 @@ rows = TextRows(read_index(Path(sys.argv[1])), sequence_length=16, document_mask
 order = order_of(rows, seed=1, batch_samples=4, window_mb=1, tail="drop")
 loader = TrainLoader(rows, order, batch_samples=4, micro_batch=4, max_samples=4000, num_workers=2,
                      repeat_first_batch=False, rank=0, world_size=1)
+if sys.argv[2] == "busy":
+    rows.batches = lambda addresses: print("begun", flush=True) or time.sleep(100)
 batches = iter(loader)
 next(batches)
 if sys.argv[2] == "error":
@@ -98,5 +98,18 @@ if sys.argv[2] == "error":
 def test_process_ends_while_workers_read_ahead(index: Index, ending: str, code: int) -> None:
     command = [sys.executable, "-c", LEAVES, str(index.path), ending]
     # Waiting for workers that ignore their parent would take forever.
-    ended = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == code, ended.stderr
+
+
+def test_workers_at_work_end_with_a_process_that_is_killed(index: Index) -> None:
+    command = [sys.executable, "-c", LEAVES, str(index.path), "busy"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
+        workers = psutil.Process(process.pid).children()
+        process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    states = [worker.status() for worker in alive if worker.is_running()]
+    assert len(workers) == 2
+    assert set(states) <= {psutil.STATUS_ZOMBIE}  # where nobody asks for their codes

@@ -1,5 +1,6 @@
 """Runs in processes of their own, to be killed or signalled."""
 
+import os
 import subprocess
 import time
 
@@ -7,6 +8,7 @@ import pytest
 
 from launch import object_store
 from tests.launch.failing_store import FailingStore
+from tests.launch.slurm_stand_in import SlurmStandIn
 from trainers.metrics import read_metrics
 
 
@@ -42,12 +44,23 @@ def start(command):
         process.stdout.close()
 
 
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Slurm's commands, first on the path."""
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    return SlurmStandIn(tmp_path / "slurm", monkeypatch)
+
+
+@pytest.fixture
+def compose_job(compose, small_run):
+    """Compose a run that is to be a job."""
+    slurm = ["cluster=slurm", "strategy=ddp", "cluster.nodes=2", "trainer.devices=2"]
+    return lambda *overrides: compose("train", [*small_run, *slurm, *overrides])
+
+
 def wait_for_step(process, run_path, step):
-    """Wait until the run has logged `step`."""
-    for _ in range(6000):
-        rows = read_metrics(run_path / "metrics.jsonl")
-        if rows and rows[-1]["step"] >= step:
-            return
+    """Wait until the run has logged `step`, for as long as the test may take."""
+    while not (rows := read_metrics(run_path / "metrics.jsonl")) or rows[-1]["step"] < step:
         assert process.poll() is None, "the run ended before it could be stopped"
         time.sleep(0.01)
-    raise AssertionError("the run did not get there within a minute")

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from launch import cluster, runtime
+from launch.completion import refuse_indivisible
 
 SRUN = {
     "SLURM_JOB_ID": "42",
@@ -143,3 +144,24 @@ def test_preempted_rank_ends_as_its_starter_understands(environment, who, rank, 
     environment |= who | {"RANK": rank, "WORLD_SIZE": "2"}
     assert cluster.code_for_starter(runtime.PREEMPTED) == code
     assert cluster.code_for_starter(runtime.FAILED) == runtime.FAILED
+
+
+@pytest.mark.parametrize(
+    ("per_node", "fewest", "code"),
+    [
+        ("1", 1, runtime.PREEMPTED),  # started again, with one node less
+        ("1", 2, 0),
+        ("2", 1, 0),  # ranks of one node are stopped together
+    ],
+)
+def test_run_goes_on_without_a_node_that_leaves(environment, monkeypatch, per_node, fewest, code):
+    monkeypatch.setattr(cluster, "AGENT_IS_LATE_S", 0.0)
+    environment |= {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2"}
+    environment["LOCAL_WORLD_SIZE"] = per_node
+    assert cluster.code_for_starter(runtime.LEFT_BEHIND, fewest) == code
+
+
+def test_batch_must_divide_among_any_number_of_nodes(config):
+    refuse_indivisible(config("cluster.nodes='1:3'", "experiment=gpt_char_cpu"))
+    with pytest.raises(ValueError, match=r"^cluster.nodes=1:5 may become 5: .* 5 ranks -> .* -> "):
+        refuse_indivisible(config("cluster.nodes='1:5'", "experiment=gpt_char_cpu"))

@@ -62,7 +62,7 @@ def test_command_line_mistake_names_what_is_near(refuse, override, message):
             ["datamodule.tail=keep", "strategy=ddp", "trainer.devices=2"],
             "datamodule.tail=keep -> unknown -> choose one of drop, carry",
         ),
-        (["cluster.nodes=2", "strategy=ddp"], "cluster.nodes=2 -> .* -> start it with torchrun"),
+        (["cluster.nodes=2", "strategy=ddp"], "cluster.nodes=2 -> .* -> run it on every node"),
         (["run.name=null"], "run.name= -> it names a directory"),
         (["corpus.path=???"], "corpus.path -> it has no value -> add corpus.path="),
         (["checkpoint=step-7"], "checkpoint=step-7 -> .* has none of that name"),

@@ -122,8 +122,9 @@ def test_text_run_is_exported_and_refuses_settings_of_images(small_run, train, c
 def summary_of(run, module):
     rows = [{"step": 3, "samples": 24, "images": 24, "train/loss": 1.0, "val/loss": 2.0}]
     (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    others = dict.fromkeys(("guard", "own_work", "slowest"))
     metrics = StepMetrics(
-        log_every_steps=1, batch_samples=8, tokens_per_sample=1, unit="images", guard=None
+        log_every_steps=1, batch_samples=8, tokens_per_sample=1, unit="images", **others
     )
     metrics.total_samples, metrics.total_seconds = 24, 2.0
     trainer = SimpleNamespace(callbacks=[metrics], lightning_module=module)

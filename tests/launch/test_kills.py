@@ -10,7 +10,7 @@ from torch import equal
 
 from trainers.metrics import read_metrics
 
-STEPS, ATTEMPTS = 400, 12
+STEPS, ATTEMPTS = 400, 8
 ADVANCE = 12
 """Most steps that a run makes before it is killed, a small part of those that it has left."""
 

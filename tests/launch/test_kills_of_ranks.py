@@ -11,15 +11,13 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("strategy", ["zero2", "fsdp"])
-def test_run_survives_kills_of_any_rank(strategy):
-    options = [f"strategies={strategy}", "kills=6", "steps=20"]
+def test_run_survives_kills_of_any_rank():
+    options = ["strategies=zero2,fsdp", "kills=6", "steps=20"]
     command = [sys.executable, "-m", "benchmarks.kills", *options]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(ended.stdout, ended.stderr)
     assert ended.returncode == 0
-    assert "kills=6, " in ended.stdout
-    assert "faults=[]" in ended.stdout
+    assert ended.stdout.count("kills=6, ") == ended.stdout.count("faults=[]") == 2
 
 
 def test_run_killed_when_all_was_saved_is_tidied_up(small_run, train):

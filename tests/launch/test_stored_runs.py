@@ -254,8 +254,9 @@ def test_ranks_wait_for_an_upload_that_takes_longer_than_they_do(
     wait_for_step(process, local / "small", 3)
     pid = json.loads((local / "small/status.json").read_text())["pid"]
     os.kill(pid if starter == "torchrun" else process.pid, signal.SIGTERM)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == (runtime.PREEMPTED if starter == "own" else 1), printed
+    printed, _ = process.communicate()
+    # torchrun would start a rank anew that ends with another code
+    assert process.returncode == (runtime.PREEMPTED if starter == "own" else runtime.DONE), printed
     assert "uploaded to file://" in printed
     assert json.loads((store / "status.json").read_text())["state"] == "preempted"
     step = json.loads((store / "status.json").read_text())["step"]

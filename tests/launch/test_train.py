@@ -87,21 +87,37 @@ def test_resume_comparison_can_fail(small_run, train):
         assert_same_weights(one, other)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_stopped_run_saves_says_so_and_continues(small_run, train, start, tmp_path, name):
-    long = [*small_run, "max_steps=200", "checkpoints.every_steps=null"]
-    process, run_path = start(*long), tmp_path / "runs" / "small"
-    start.wait(process, run_path, 3)
-    process.send_signal(getattr(signal, name))
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == runtime.PREEMPTED
+def assert_stopped(run_path, name, output):
     status = json.loads((run_path / "status.json").read_text())
     assert status["state"] == "preempted"
     assert name in status["reason"]
     assert name in output
     assert (run_path / "checkpoints/last").read_text().strip() == f"step-{status['step']:08d}"
-    if name == "SIGTERM":  # once: the others take the same path
-        assert_same_weights(train(*long, "run.name=whole"), train(*long))
+
+
+def test_stopped_run_saves_says_so_and_continues(small_run, train, start, tmp_path):
+    long = [*small_run, "max_steps=200", "checkpoints.every_steps=null"]
+    process, run_path = start(*long), tmp_path / "runs" / "small"
+    start.wait(process, run_path, 3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == runtime.PREEMPTED
+    assert_stopped(run_path, "SIGTERM", output)
+    assert_same_weights(train(*long, "run.name=whole"), train(*long))
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT"])
+def test_other_signals_stop_the_run_as_well(small_run, train, monkeypatch, capfd, name):
+    agree = Preemption._agree
+
+    def ask_and_agree(self, trainer):
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), getattr(signal, name))
+        return agree(self, trainer)
+
+    monkeypatch.setattr(Preemption, "_agree", ask_and_agree)
+    run = train(*small_run, "checkpoints.every_steps=null", code=runtime.PREEMPTED)
+    assert_stopped(run.path, name, "".join(capfd.readouterr()))
 
 
 def test_module_without_validation_is_saved_at_its_end(small_run, train, monkeypatch):
@@ -163,16 +179,15 @@ def test_accumulation_trains_the_same(small_run, train):
     assert steps_with(split, "val/loss") == [8, 16, 20]
 
 
-def test_accumulation_may_change_in_mid_run(small_run, train, start):
-    no_dropout = [*small_run, "module.network.dropout=0.0", "max_steps=60"]
+def test_accumulation_may_change_in_mid_run(small_run, train, monkeypatch):
+    no_dropout = [*small_run, "module.network.dropout=0.0", "max_steps=30"]
     whole = train(*no_dropout, "run.name=whole")
-    process = start(*no_dropout)
-    start.wait(process, whole.path.parent / "small", 9)
-    process.kill()
-    process.wait()
+    with monkeypatch.context() as patched:
+        patched.setattr(Preemption, "_agree", lambda self, trainer: trainer.global_step == 9)
+        train(*no_dropout, code=runtime.PREEMPTED)
     resumed = train(*no_dropout, "micro_batch=2")
     assert steps_with(resumed, "val/loss") == steps_with(whole, "val/loss")
-    assert steps_with(resumed, "train/loss") == list(range(1, 61))
+    assert steps_with(resumed, "train/loss") == list(range(1, 31))
     assert resumed.summary["val/loss"] == pytest.approx(whole.summary["val/loss"], abs=1e-3)
 
 
@@ -219,3 +234,13 @@ def test_ignored_environment_is_left_alone(small_run, train):
     train(*small_run)
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert set(os.environ) - set(before) <= {"HYDRA_FULL_ERROR"}
+
+
+@pytest.mark.parametrize("every", [3, 4, 8])
+def test_finished_run_is_trained_longer_wherever_its_last_validation_fell(small_run, train, every):
+    run = [*small_run, f"trainer.val_every_steps={every}", "trainer.log_every_steps=4"]
+    train(*run, "max_steps=8")
+    longer = train(*run, "max_steps=12", "resume.extend=true")
+    assert longer.summary["step"] == 12
+    rows = read_metrics(longer.path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 4, 8, 12]

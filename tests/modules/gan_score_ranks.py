@@ -45,7 +45,7 @@ def main(out: Path) -> None:
             scores.reset()
         found["signatures"] = scores.signatures
     classifier = ClassifierFeatures(
-        channels=1, resolution=8, num_classes=10, training_images=300, training_steps=300, seed=rank
+        channels=1, resolution=8, num_classes=10, training_images=300, training_steps=30, seed=rank
     )
     ImageScores(classifier).prepare("val", sample, broadcast)
     found["classifier"] = classifier(REAL).sum().item()

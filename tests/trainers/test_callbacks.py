@@ -84,6 +84,7 @@ def test_question_of_one_callback_is_answered_at_the_end_of_a_step():
 
 def record(position, is_waiting=False, **others):
     facts = {"beat": 1, "step": 3, "doing": "backward pass", "place": "own.py:1 in f"}
+    facts["host"] = None
     return facts | {"position": position, "is_waiting": is_waiting} | others
 
 
@@ -96,6 +97,11 @@ def test_rank_that_others_wait_for_is_blamed():
     # Equally far: those that wait in a collective wait for the one that does not.
     assert blame({0: ahead, 1: ahead, 2: record([3, 2])}, []).startswith("rank 2 has")
     assert blame({0: ahead, 1: ahead}, []).startswith("ranks 0, 1 have all made no progress")
+    # Of several hosts, each rank's own is named.
+    assert blame({0: ahead, 1: behind | {"host": "node2"}}, []).startswith("rank 1 on node2 has")
+    hosts = {rank: record([1, 0], host=f"node{rank}") for rank in range(2)}
+    assert blame(hosts, []).startswith("ranks 0 on node0, 1 on node1 have all made no progress")
+    assert blame(hosts, [1]).startswith("rank 1 on node1 has not been heard of since step 3")
     # A later micro-batch is further, however little has been done of it.
     assert blame({0: record([4, 0]), 1: behind}, []).startswith("rank 1 has")
 
@@ -111,7 +117,7 @@ def three_ranks(monkeypatch):
     """Heartbeats of three ranks at a store that these tests hold."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(heartbeats, "_get_default_store", lambda: store)
-    monkeypatch.setattr(heartbeats, "SILENCE_S", 0.4)
+    monkeypatch.setattr(heartbeats, "SILENCE_S", 1.0)
     return [Heartbeats(rank, num_ranks=3) for rank in range(3)]
 
 
@@ -123,6 +129,45 @@ def test_ranks_without_a_sign_of_life_are_found(three_ranks):
     again.start()
     assert three_ranks[0].listen()[1] == [2]
     again.join()
+
+
+def test_rank_zero_is_blamed_when_the_store_is_gone_with_it(three_ranks):
+    for beats in three_ranks:
+        beats.publish(record([1, 0]))
+
+    def refuse(keys):
+        raise RuntimeError("Connection reset by peer")
+
+    three_ranks[1]._store = SimpleNamespace(check=refuse)
+    assert three_ranks[1].listen() == ({0: record([1, 0])}, [0])
+
+
+def test_silent_rank_is_gone_after_a_while_and_all_learn_of_it(three_ranks, monkeypatch):
+    monkeypatch.setattr(heartbeats, "GONE_S", 0.3)
+    first, second, third = three_ranks
+    for number in range(8):
+        for beats in (first, second):
+            beats.publish(record([1, 0], beat=number))
+        assert not first.is_one_gone()  # rank 2 has said nothing yet: it may be starting
+        assert not second.is_one_gone()
+        time.sleep(0.1)
+    third.publish(record([1, 0]))
+    assert not first.is_one_gone()
+    time.sleep(0.4)
+    for beats in (first, second):
+        beats.publish(record([1, 0], beat=9))
+    assert first.is_one_gone()
+    assert not second.is_one_gone()  # it listens to rank 0 alone
+    first.tell("rank 2 has not been heard of")
+    assert second.is_one_gone()
+
+
+def test_rank_zero_is_gone_with_its_store(three_ranks, monkeypatch):
+    monkeypatch.setattr(heartbeats, "GONE_S", 0.3)
+    monkeypatch.setattr(three_ranks[1], "_ask", lambda question: None)
+    assert not three_ranks[1].is_one_gone()
+    time.sleep(0.4)
+    assert three_ranks[1].is_one_gone()
 
 
 def test_first_reason_stays(three_ranks):
@@ -142,16 +187,20 @@ def test_watchdog_ends_what_gets_nowhere_and_nothing_else(monkeypatch, capsys):
 
     monkeypatch.setattr(watchdog.os, "_exit", leave)
     monkeypatch.setattr(watchdog, "BEAT_S", 0.05)
-    dog = watchdog.Watchdog(timeout_s=0.4, report=lambda *report: reports.append(report))
-    trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=6)
+    said = []
+    dog = watchdog.Watchdog(
+        timeout_s=1.0, report=lambda *report: reports.append(report), last_words=said.append
+    )
+    trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=6, num_nodes=1)
     dog.setup(trainer, None, "fit")
-    for micro_batch in range(8):
+    for micro_batch in range(6):
         dog.on_train_batch_start(trainer, None, None, micro_batch)
-        time.sleep(0.1)
+        time.sleep(0.2)
     assert not ended.is_set()
-    assert ended.wait(timeout=10)
+    assert ended.wait(timeout=60)
     ((reason, step),) = reports
     assert step == 7
+    assert said == [reason]
     assert "rank 0 has made no progress since step 7, forward pass (" in reason
     assert "test_callbacks.py:" in reason  # where this thread waits
     assert f"error: {reason}" in capsys.readouterr().err
@@ -162,7 +211,7 @@ def three_dogs(three_ranks):
     """Watchdogs of three ranks that have begun; each keeps what it reports in `reports`."""
     dogs = []
     for beats in three_ranks:
-        dog = watchdog.Watchdog(timeout_s=100, report=None)
+        dog = watchdog.Watchdog(timeout_s=100, report=None, last_words=None)
         dog.reports = []
         dog.report = lambda reason, step, reports=dog.reports: reports.append(reason)
         dog._beats, dog.trainer = beats, SimpleNamespace(global_rank=beats.rank, global_step=4)

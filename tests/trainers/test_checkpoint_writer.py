@@ -109,9 +109,7 @@ def test_failure_in_the_thread_surfaces(how, error, writer, tmp_path, monkeypatc
 
     monkeypatch.setattr(checkpoint_parts, "write_tensors", fail)
     save_as_a_run_does(tmp_path, 2, writer=writer)
-    for _ in range(3000):
-        if writer._committed.done():
-            break
+    while not writer._committed.done():
         time.sleep(0.01)
     arguments = (lightning_content(3), tmp_path / "step-00000003") if "save" in how else ()
     named = r"could not be written .*No space .* MiB free .*continues from step-00000001"

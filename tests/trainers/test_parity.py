@@ -1,15 +1,12 @@
-"""Any strategy trains as one rank does. `python -m benchmarks.parity` runs all of the matrix."""
+"""Any strategy trains as one rank does. `test_parity_matrix.py` has many more cells."""
 
 import math
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import parity
 from benchmarks.cells import STRATEGIES, Cell, Outcome, run_cells
-from benchmarks.gan_cells import GANS
 from benchmarks.parity import (
     exact_reference,
     judge,
@@ -20,14 +17,14 @@ from benchmarks.parity import (
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the ranks, on a busy machine long
 # A covering set: every strategy with each module, every mode of recomputation, with accumulation
-# and without; all combinations are behind the slow mark.
+# and without.
 PAIR_CELLS = [
     *(Cell("encoder_decoder", name, micro=2) for name in ("ddp", "zero2", "fsdp")),
     Cell("encoder_decoder", "zero3", recompute="full"),
     *(Cell("lstm", name, micro=2) for name in ("ddp", "zero1", "zero3", "fsdp")),
     Cell("lstm", "zero2", recompute="selective", micro=2),
 ]
-# Each loss and each strategy; every loss under every strategy is behind the slow mark.
+# Each loss and each strategy.
 GAN_CELLS = [
     Cell("gan", "zero3", micro=2),
     Cell("gan", "fsdp", micro=2, recompute="full"),
@@ -115,17 +112,7 @@ CHANGED = [
 ]
 # What was remembered by rows and columns counts.
 LOST = replace(CHANGED[-1], control="lost_state")
-MORE = [  # what the whole matrix does not have, and takes too long for every day
-    *(Cell("gan_relativistic", name, "bf16") for name in ("zero1", "fsdp")),
-    Cell("gan", "ddp", "fp16"),
-    Cell("gan", "zero3", "fp16", micro=2),
-    Cell("gan_relativistic", "zero3", stop_at=5, begun="fsdp"),
-    *(Cell("gpt", name, "bf16", micro=2) for name in ("ddp", "fsdp")),
-    *(Cell("given", name, micro=2) for name in ("ddp", "zero2", "fsdp")),
-    Cell("two_networks", "ddp", "fp16", stop_at=5, begun="zero2"),
-    Cell("two_networks", "zero3", "fp16", stop_at=5, begun="fsdp"),
-]
-# It multiplies what fp32 adds up in another order: by one rank under ddp it is 4e-3 away.
+# Muon multiplies what fp32 adds up in another order: by one rank under ddp it is 4e-3 away.
 MUON = Cell("gpt", "zero3", stop_at=5, begun="fsdp", optimizer="muon")
 MUON_TOLERANCE = 1e-2
 # The reference of ZeRO in fp16, in fp32: masters by the side change nothing.
@@ -270,31 +257,3 @@ def test_reference_that_keeps_parameters_in_fp16_is_not_far_itself(times, is_sou
     else:
         with pytest.raises(RuntimeError, match=r"are 3.5 \(losses\) and 3.5 \(weights\) times"):
             judge(cell, found)
-
-
-@pytest.mark.slow
-def test_two_ranks_train_as_one_in_more_cells(tmp_path):
-    ones, runs = with_references(MORE)
-    found = run_cells(ones, tmp_path, 1, "cpu") | run_cells(runs, tmp_path, 2, "cpu")
-    assert {cell.name: found[cell].error for cell in MORE} == {cell.name: None for cell in MORE}
-    verdicts = {cell.name: judge(cell, found) for cell in MORE}
-    assert all(is_equal for is_equal, _ in verdicts.values()), verdicts
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(2400)
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["modules=gpt,two_networks", "recompute=none,full,selective,every_2"],
-        ["modules=encoder_decoder,lstm", "recompute=none", "micro=2"],
-        [f"modules={','.join(GANS)}", "precisions=fp32", "recompute=none,full", "micro=2"],
-    ],
-    ids=["gpt and two networks", "pairs", "gans"],
-)
-def test_whole_matrix(options, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["parity", *options])
-    with pytest.raises(SystemExit) as ended:
-        parity.main()
-    print(capsys.readouterr().out)
-    assert ended.value.code == 0

@@ -99,8 +99,11 @@ class Checkpointing(Callback):
 
         A run that was asked to stop may have saved just before a validation, which Lightning would
         then take for done; it is told that the validation has begun, and so makes it first.
+
+        Its last batch is none of a run that is trained longer.
         """
         loops = checkpoint["loops"]["fit_loop"]
+        loops["epoch_loop.batch_progress"]["is_last_batch"] = False
         if checkpoint["validation_pending"]:
             counts = loops["epoch_loop.val_loop.batch_progress"]
             counts["current"] = dict.fromkeys(counts["current"], 0)

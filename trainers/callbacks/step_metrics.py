@@ -9,8 +9,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from trainers.callbacks.own_work import OwnWork
 from trainers.callbacks.step_guard import StepGuard
 from trainers.data_rates import DataRates
+from trainers.slowest_rank import SlowestRank
 
 # Dense peak of matrix products in bf16, FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -34,8 +36,8 @@ class StepMetrics(Callback):
     Logs besides `train/lr`, `train/grad_norm` (before clipping; of several parts with `/<part>`
     behind), `train/skipped_steps` (those that `StepGuard` left out, since the run began),
     `perf/samples_per_s`, where progress is counted in another unit that, `perf/tokens_per_s` or
-    `perf/images_per_s`, `perf/peak_memory_mib`, what `DataRates` says of reading the data and,
-    where the device's peak is known, `perf/mfu`:
+    `perf/images_per_s`, `perf/peak_memory_mib`, what `DataRates` says of reading the data, what
+    `SlowestRank` says of several ranks and, where the device's peak is known, `perf/mfu`:
 
         model FLOPs utilisation = flops_per_sample * samples_per_s / (ranks * peak FLOP/s)
 
@@ -55,9 +57,11 @@ class StepMetrics(Callback):
         tokens_per_sample: int,
         unit: str,
         guard: StepGuard,
+        own_work: OwnWork,
+        slowest: SlowestRank,
     ):
-        """Remember how often to log, what a step counts for, and who judges steps."""
-        self.guard = guard
+        """Remember how often to log, what a step counts for, and who judges steps and ranks."""
+        self.guard, self.own_work, self.slowest = guard, own_work, slowest
         self.log_every_steps = log_every_steps
         self.batch_samples = batch_samples
         self.tokens_per_sample, self.unit = tokens_per_sample, unit
@@ -87,6 +91,7 @@ class StepMetrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Let the clock go on after a validation and the samples and saves that come with it."""
+        self.own_work.begin_forward(trainer)
         if self._paused_at is not None:
             self._mark += time.perf_counter() - self._paused_at
             self._paused_at = None
@@ -126,23 +131,27 @@ class StepMetrics(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         self.guard.check(trainer)
-        sums = trainer.strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="sum")
+        sums = torch.stack(list(self._sums.values()))
+        own = sums.new_zeros(trainer.world_size, 2)  # each rank's in its row: one exchange for all
+        own[trainer.global_rank, 0] = self.own_work.take(trainer)
+        sums = trainer.strategy.reduce(torch.cat([sums, own]), reduce_op="sum").tolist()
         row = {
             key: total / weight
-            for key, (total, weight) in zip(self._sums, sums.tolist(), strict=True)
+            for key, (total, weight) in zip(self._sums, sums[: len(self._sums)], strict=True)
         }
+        own_s = [seconds for seconds, _ in sums[len(self._sums) :]]
         norms = trainer.strategy.gradient_norms  # type: ignore[attr-defined]
         for part, rate in self._rates.items():
             suffix = f"/{part}" if len(trainer.optimizers) > 1 else ""
             row |= {f"train/lr{suffix}": rate, f"train/grad_norm{suffix}": float(norms[part])}
         self._sums, self._rates = {}, {}  # of a part that does not step next time, nothing is said
-        row |= self.guard.row() | self._throughput(trainer, pl_module, step)
+        row |= self.guard.row() | self._throughput(trainer, pl_module, step, own_s)
         self.latest = row
         for logger in trainer.loggers:
             logger.log_metrics(row, step)
 
     def _throughput(
-        self, trainer: Trainer, pl_module: LightningModule, step: int
+        self, trainer: Trainer, pl_module: LightningModule, step: int, own_s: list[float]
     ) -> dict[str, float]:
         now, num_steps = time.perf_counter(), step - self._marked_step
         seconds, samples = now - self._mark, num_steps * self.batch_samples
@@ -155,6 +164,10 @@ class StepMetrics(Callback):
         }
         row[f"perf/{self.unit}_per_s"] = samples * self.tokens_per_sample / seconds
         row |= self._data.row(trainer, seconds=seconds, num_steps=num_steps)
+        if trainer.world_size > 1:
+            own_s = [own / num_steps for own in own_s]
+            says = trainer.is_global_zero
+            row |= self.slowest.row(own_s, step_s=seconds / num_steps, says=says)
         peak, flops_per_sample = peak_flops(pl_module.device), _flops_per_sample(pl_module)
         if peak and flops_per_sample:
             flops_per_s = flops_per_sample * samples / seconds

@@ -6,6 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from socket import gethostname
 from types import FrameType
 from typing import Any
 
@@ -14,11 +15,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from trainers.callbacks.preemption import PreemptedError
-from trainers.heartbeats import Heartbeats, Record, blame, locate
+from trainers.heartbeats import Heartbeats, Record, blame, locate, name_rank
 
 BEAT_S = 1.0
 """Seconds between two signs of life of a rank, and between two looks at the time."""
 
+WAITS_S = 30.0
+"""Seconds without progress after which a rank looks whether another one is gone."""
+
+FAREWELL_S = 5.0
+"""For the others to read the reason: the store may end with the process of rank 0."""
 
 Report = Callable[[str, int], None]
 """Is told why a run ends, and at which step."""
@@ -31,6 +37,7 @@ class Watchdog(Callback):
     that wait for each other all stop; the one furthest behind is the one they wait for, and one
     whose thread is silent too is dead or frozen. The process ends hard, since a main thread in a
     collective cannot be asked; torch's agent ends the other ranks, or they come here themselves.
+    For a rank that is silent for a minute nobody waits longer than that.
 
     The first rank that fails by itself leaves its reason in the store. Those that lose the
     connection to it, or to a rank that was killed, report that reason and not their own.
@@ -39,16 +46,18 @@ class Watchdog(Callback):
         timeout_s: Seconds that training may take from one sign of progress (a forward pass, a
             backward pass, a step, a validation batch, a save) to the next.
         report: Is told why the run ends, by the rank that knows.
+        last_words: Is told why this process is about to end, where nothing else can.
     """
 
-    def __init__(self, *, timeout_s: float, report: Report):
-        self.timeout_s, self.report = timeout_s, report
+    def __init__(self, *, timeout_s: float, report: Report, last_words: Callable[[str], None]):
+        self.timeout_s, self.report, self.last_words = timeout_s, report, last_words
         self._step, self._num_beats = 0, 0
         self._position = [0, 0]  # micro-batch, and signs of progress since it began
         self._doing = "starting"
         self._marked_at = time.monotonic()
         self._has_ended = threading.Event()
         self._beats = Heartbeats(rank=0, num_ranks=1)  # until there is a process group
+        self._host: str | None = None
 
     # -- progress of the main thread ------------------------------------------------------------
 
@@ -62,6 +71,7 @@ class Watchdog(Callback):
         if stage != "fit":
             return
         self._beats = Heartbeats(trainer.global_rank, trainer.world_size)
+        self._host = gethostname() if trainer.num_nodes > 1 else None
         self._mark("starting")
         self._has_ended.clear()
         main_thread = threading.get_ident()
@@ -116,6 +126,10 @@ class Watchdog(Callback):
         """A checkpoint is about to be written."""
         self._mark("saving")
 
+    def name_of(self, rank: int) -> str:
+        """A rank's name for people: with its host, where there are several."""
+        return self._beats.name_of(rank)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop watching."""
         self._has_ended.set()
@@ -133,7 +147,7 @@ class Watchdog(Callback):
             reason = str(error)
             if not isinstance(error, FloatingPointError):  # which all ranks find together
                 reason = f"{type(error).__name__}: {reason}"
-                reason = f"rank {trainer.global_rank} failed at step {self._step}: {reason}"
+                reason = f"{self._own_name} failed at step {self._step}: {reason}"
             if self._beats.tell(reason) and trainer.global_rank > 0:  # rank 0 writes its own
                 self.report(reason, self._step)
         elif reason := self._find_cause(is_late="timed out" in str(error).lower()):
@@ -161,8 +175,9 @@ class Watchdog(Callback):
 
     def _watch(self, main_thread: int) -> None:
         while not self._has_ended.wait(BEAT_S):
-            if time.monotonic() - self._marked_at > self.timeout_s:
-                self._give_up(sys._current_frames().get(main_thread))
+            waited_s = time.monotonic() - self._marked_at
+            if waited_s > self.timeout_s or (waited_s > WAITS_S and self._beats.is_one_gone()):
+                self._give_up(sys._current_frames().get(main_thread), waited_s)
 
     def _record(self, frame: FrameType | None) -> Record:
         place, is_waiting = locate(frame)
@@ -173,9 +188,14 @@ class Watchdog(Callback):
             "doing": self._doing,
             "place": place,
             "is_waiting": is_waiting,
+            "host": self._host,
         }
 
-    def _give_up(self, frame: FrameType | None) -> None:
+    @property
+    def _own_name(self) -> str:
+        return name_rank(self._beats.rank, {"host": self._host})
+
+    def _give_up(self, frame: FrameType | None, waited_s: float) -> None:
         """End this process, after telling why: as another rank has told, or as it looks."""
         marked_at = self._marked_at
         reason = self._beats.told()
@@ -184,17 +204,21 @@ class Watchdog(Callback):
             return  # it goes on after all
         if reason is None:
             records |= {self._beats.rank: self._record(frame)}
-            culprit = blame(records, silent)
-            reason = (
-                f"trainer.timeout_s={self.timeout_s:g} -> {culprit}; the run has waited for longer "
-                f"than that -> look there, or allow more seconds"
-            )
+            reason = blame(records, silent)
+            if waited_s > self.timeout_s:
+                reason = (
+                    f"trainer.timeout_s={self.timeout_s:g} -> {reason}; the run has waited for "
+                    f"longer than that -> look there, or allow more seconds"
+                )
             self._beats.tell(reason)
-        print(f"error: {reason}\nRank {self._beats.rank} stands at:", file=sys.stderr)
+        print(f"error: {reason}\n{self._own_name} stands at:", file=sys.stderr)
         traceback.print_stack(frame)
         self.report(reason, self._step)
+        self.last_words(reason)
         for stream in filter(None, (sys.stdout, sys.stderr)):  # None where output goes nowhere
             stream.flush()
+        if self._beats.rank == 0 and self._beats.num_ranks > 1:
+            time.sleep(FAREWELL_S)
         os._exit(1)
 
 

@@ -1,0 +1,44 @@
+"""A rank that waits in a library for others, before training, and does not hear a request to stop.
+
+Python handles a signal when the main thread is back in Python. While ranks connect it is in C++,
+and if one of them is gone it stays there: for as long as a collective may take.
+"""
+
+import os
+import signal
+import threading
+import time
+
+from launch import last_line
+from launch.cluster import code_for_starter, is_first
+from launch.run_directory import RunDirectory
+from launch.runtime import PREEMPTED, STOP_SIGNALS
+
+GRACE_S = 10.0
+"""Seconds for a rank to end by itself after a signal, less than any scheduler gives it."""
+
+
+def end_if_deaf(run: RunDirectory) -> None:
+    """From now on end this process when it has not ended `GRACE_S` after a signal to stop.
+
+    A thread reads the signals' numbers from where Python's own handler, which does not need the
+    main thread, writes them. `trainers.callbacks.preemption` stops that at the first step: then
+    requests are heard at the end of a step, however long it takes.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    threading.Thread(target=_listen, args=[run, reader], daemon=True).start()
+
+
+def _listen(run: RunDirectory, reader: int) -> None:
+    while (number := os.read(reader, 1)[0]) not in STOP_SIGNALS:
+        pass
+    time.sleep(GRACE_S)
+    reason = f"{signal.Signals(number).name} before the first step; the same command starts again"
+    status = run.status
+    if is_first() and status.get("state") in ("starting", "running"):
+        run.write_status("preempted", reason)
+        status = run.status
+    last_line.say(run, status.get("state", "preempted"), status.get("reason", reason))
+    os._exit(code_for_starter(PREEMPTED))

@@ -1,0 +1,102 @@
+"""A sweep as an array of a real Slurm cluster: interrupted, killed, repeated."""
+
+import os
+import re
+import signal
+import subprocess
+
+import pytest
+
+from launch.run_directory import RunDirectory
+from launch.sweep_record import Sweep
+from tests.cluster.slurm_cluster import wait_until
+from trainers.metrics import read_metrics
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+LR = "module.optimizer.lr"
+RATES = ("0.001", "0.01", "oops", "0.003")
+
+
+@pytest.fixture
+def sweep_folder(tmp_path):
+    return tmp_path / "runs" / "sweeps" / "rates"
+
+
+@pytest.fixture
+def start_sweep(cluster, small_settings, command, tmp_path):
+    """Start a sweep of four jobs of two nodes; the third fails in its ranks."""
+    settings = [each for each in small_settings if not each.startswith("run.name")]
+    started = []
+
+    def start():
+        process = subprocess.Popen(
+            command(
+                "train", "-m", *settings, f"runs_dir={tmp_path / 'runs'}", "sweep.name=rates",
+                "cluster=slurm", "cluster.nodes=2", "strategy=ddp", f"{LR}={','.join(RATES)}",
+            ),
+            env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    subprocess.run(["scancel", "--me"], env=cluster.environment, check=True)
+
+
+def test_array_is_interrupted_and_left_and_finishes_what_is_missing(
+    start_sweep, sweep_folder, cluster
+):
+    def jobs():
+        by_rate = {job.values[LR]: job for job in Sweep.read(sweep_folder).jobs.values()}
+        return [by_rate[rate] for rate in RATES if rate in by_rate]
+
+    def states():
+        return [job.state for job in jobs()]
+
+    def step_of(number):
+        rows = read_metrics(f"{jobs()[number].directory}/metrics.jsonl") if jobs() else []
+        return rows[-1]["step"] if rows else 0
+
+    def queue():
+        command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+        return subprocess.check_output(command, env=cluster.environment, text=True).split()
+
+    first = start_sweep()
+    wait_until(lambda: bool(jobs()) and step_of(1) >= 6, "the second job")
+    first.send_signal(signal.SIGINT)
+    output, _ = first.communicate()
+    assert first.returncode == 75, output
+    assert states() == ["done", "preempted", "waiting", "waiting"]
+    assert queue() == []
+
+    second = start_sweep()
+    wait_until(lambda: states()[1] == "done", "the second job")
+    second.kill()
+    second.wait()
+    submitted = {job.slurm_job for job in jobs()[2:]}
+    assert submitted >= set(queue())
+
+    third = start_sweep()
+    output, _ = third.communicate()
+    assert third.returncode == 1, output
+    assert states() == ["done", "done", "failed", "done"]
+    assert queue() == []
+    assert {job.slurm_job for job in jobs()[2:]} == submitted  # not a second time
+    assert "3 of 4 jobs done, 1 failed" in output
+    assert "oops" in jobs()[2].reason or "TypeError" in jobs()[2].reason
+
+    logs = [(sweep_folder / f"{job.run}.log").read_text() for job in jobs()]
+    assert re.search(r"running: continues from step-\d+ \(saved by ddp on 2 rank", logs[1])
+    for job in (jobs()[0], jobs()[1], jobs()[3]):
+        assert (
+            job.objective
+            == RunDirectory(job.directory and sweep_folder.parent.parent / job.run).summary[
+                "val/loss"
+            ]
+        )
+    assert all(os.path.islink(sweep_folder / f"{job.run}.log") for job in jobs())

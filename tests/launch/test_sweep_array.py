@@ -1,0 +1,151 @@
+"""Jobs of a sweep in Slurm's queue, by a stand-in for Slurm."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from launch import slurm_jobs, submission, sweep_array
+from launch.run_directory import RunDirectory, StoppedError
+from launch.sweep_array import run_as_array
+from launch.sweep_record import Job, Sweep
+
+
+class Slurm:
+    """A queue whose jobs go on by a state each time it is looked at; `lives` says through which."""
+
+    def __init__(self, lives):
+        self.lives, self.jobs, self.submitted, self.cancelled = lives, {}, [], []
+
+    def submit_array(self, name, configs, folder, at_once):
+        number = 10 + len(self.submitted)
+        self.submitted.append(([config.run.name for config in configs], at_once))
+        jobs = {f"{number}_{place}": config for place, config in enumerate(configs)}
+        for job, config in jobs.items():
+            self.jobs[job] = list(self.lives[config.run.name])
+        return list(jobs)
+
+    def read_queue(self):
+        queue = {}
+        for number, states in self.jobs.items():
+            if not states:
+                continue
+            state = states.pop(0)
+            if said := state() if callable(state) else state:
+                queue[number] = said
+        return queue
+
+    def cancel(self, jobs, queue, *, gently):
+        self.cancelled.append((gently, [job.run for job in jobs]))
+
+
+@pytest.fixture
+def array(tmp_path, monkeypatch, compose):
+    """Run jobs with such lives: `array({"a": [...]})` gives the sweep and Slurm."""
+    monkeypatch.setattr(slurm_jobs, "POLL_S", 0.001)
+    monkeypatch.setattr(
+        slurm_jobs, "look_up", lambda job: slurm_jobs.Job("s", "FAILED", "None", "n1")
+    )
+    sweep = Sweep(tmp_path / "sweeps" / "s", objective="val/loss")
+    sweep.folder.mkdir(parents=True)
+    slurm = Slurm({})
+    monkeypatch.setattr(submission, "submit_array", slurm.submit_array)
+    monkeypatch.setattr(submission, "check_run", lambda config: None)
+    monkeypatch.setattr(sweep_array, "_read_queue", slurm.read_queue)
+    monkeypatch.setattr(sweep_array, "_cancel", slurm.cancel)
+
+    def run(lives, overrides=(), at_once=2, **known):
+        slurm.lives = lives
+        jobs = []
+        for place, name in enumerate(lives):
+            job = Job(name, {}, [], directory=str(tmp_path / name), slurm_job=known.get(name))
+            Path(job.directory).mkdir(exist_ok=True)
+            sweep.jobs[name] = job
+            own = overrides[place] if overrides else ()
+            given = ["experiment=gpt_char_cpu", "cluster=slurm", f"run.name={name}", *own]
+            jobs.append((job, compose("train", given)))
+        run_as_array(sweep, jobs, at_once)
+
+    return sweep, slurm, run
+
+
+def ends(tmp_path, name, state, reason="", objective=None):
+    """What a run leaves at its end."""
+
+    def end():
+        run = RunDirectory(tmp_path / name)
+        if objective is not None:
+            run.write_summary({"step": 1, "val/loss": objective})
+        run.write_status(state, reason)
+
+    return end
+
+
+def test_array_tells_how_each_job_ends(array, tmp_path):
+    sweep, slurm, run = array
+    run(
+        {
+            "a": ["PENDING", "RUNNING", ends(tmp_path, "a", "done", objective=2.0)],
+            "b": ["RUNNING", ends(tmp_path, "b", "failed", reason="made to fail")],
+            "c": ["RUNNING", "PENDING", "RUNNING", ends(tmp_path, "c", "done", objective=3.0)],
+            "d": ["RUNNING"],
+            "e": ["RUNNING", ends(tmp_path, "e", "preempted")],
+        },
+        at_once=3,
+    )
+    assert slurm.submitted == [(["a", "b", "c", "d", "e"], 3)]
+    states = {job.run: (job.state, job.objective) for job in sweep.jobs.values()}
+    assert states == {
+        "a": ("done", 2.0),
+        "b": ("failed", None),
+        "c": ("done", 3.0),
+        "d": ("failed", None),
+        "e": ("preempted", None),
+    }
+    assert sweep.jobs["b"].reason == "made to fail"
+    assert sweep.jobs["d"].reason == "job 10_3: FAILED (n1)"  # killed: its run could not say why
+
+
+def test_jobs_that_ask_for_other_nodes_are_another_array(array, tmp_path):
+    _, slurm, run = array
+    lives = {name: [ends(tmp_path, name, "done", objective=1.0)] for name in ("a", "b", "c")}
+    run(lives, [["trainer.devices=1"], ["trainer.devices=2"], ["trainer.devices=1"]])
+    assert slurm.submitted == [(["a", "c"], 2), (["b"], 2)]
+
+
+def test_job_that_is_in_the_queue_already_is_not_submitted_again(array, tmp_path):
+    sweep, slurm, run = array
+    slurm.jobs["7_0"] = ["RUNNING", "RUNNING", ends(tmp_path, "a", "done", objective=1.0)]
+    run({"a": [], "b": [ends(tmp_path, "b", "done", objective=1.0)]}, a="7_0")
+    assert slurm.submitted == [(["b"], 2)]
+    assert [job.state for job in sweep.jobs.values()] == ["done", "done"]
+
+
+def test_job_that_cannot_be_is_not_submitted(array, tmp_path, monkeypatch):
+    sweep, slurm, run = array
+
+    def check(config):
+        if config.run.name == "b":
+            raise ValueError("key=value -> no -> do not")
+
+    monkeypatch.setattr(submission, "check_run", check)
+    run({"a": [ends(tmp_path, "a", "done", objective=1.0)], "b": []})
+    assert slurm.submitted == [(["a"], 2)]
+    assert sweep.jobs["b"].reason == "key=value -> no -> do not"
+
+
+def test_signal_cancels_gently_first(array, tmp_path, monkeypatch):
+    sweep, slurm, run = array
+
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "RUNNING"
+
+    cancelled = slurm_jobs.Job("s", "CANCELLED", "", "")
+    monkeypatch.setattr(slurm_jobs, "look_up", lambda job: cancelled)
+    saved = ends(tmp_path, "a", "preempted")
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        run({"a": ["RUNNING", interrupt, "RUNNING", "RUNNING", saved], "b": ["PENDING"] * 4})
+    assert slurm.cancelled == [(True, ["a", "b"])]
+    assert [job.state for job in sweep.jobs.values()] == ["preempted", "waiting"]
