@@ -50,7 +50,7 @@ class Run:
     def wandb_steps(self) -> list[list[int]]:
         """The steps of the rows that each launch has given to the one run of W&B."""
         folders = sorted((self.path / "wandb").glob("offline-run-*"))
-        assert all(folder.name.endswith(f"-{self.wandb_id}") for folder in folders), folders
+        assert all(f"-{self.wandb_id}" in folder.name for folder in folders), folders
         return [history_steps(folder) for folder in folders]
 
 

@@ -90,30 +90,24 @@ def is_training(programs: list[str]) -> bool:
     return any("launch.train" in program for program in programs)
 
 
-def assert_no_step_is_lost_or_repeated(run: Run, num_launches: int) -> None:
-    """Launches have begun where those before them had stopped, and W&B has a row of each step."""
-    steps = [[*launch] for launch in run.launches]
-    assert len(steps) == num_launches
-    assert [*chain(*steps)] == [*range(1, NUM_STEPS + 1)]
-    assert {*chain(*run.wandb_steps)} == {*range(1, NUM_STEPS + 1)}
-
-
-def assert_second_launch_goes_back(run: Run) -> None:
-    """It repeats what was not saved; W&B's client holds the newest row back, so it may be lost."""
-    first, second = run.launches
-    begins = min(second)
-    assert 1 < begins <= max(first) + 1
-    assert [*second] == [*range(begins, NUM_STEPS + 1)]
-    rows, later_rows = run.wandb_steps
-    assert later_rows == [*second]
-    assert {*range(1, begins - 1)} <= {*rows}
+def assert_launches(run: Run, num_launches: int, is_saved: bool = True) -> None:
+    """Launches begin where those before them had stopped, or saved; W&B's one run has each step."""
+    first, *others = [[*launch] for launch in run.launches]
+    assert len(others) == num_launches - 1
+    steps = first
+    for later in others:
+        assert 1 < later[0] <= steps[-1] + 1
+        assert later[0] == steps[-1] + 1 or not is_saved
+        steps = [*range(1, later[0]), *later]
+    assert steps == [*range(1, NUM_STEPS + 1)]
+    assert {*chain(*run.wandb_steps)} == {*steps}
 
 
 def test_job_of_two_nodes_trains_as_two_ranks_here(slurm, limited, submit, local):
     run = submit("undisturbed", "ddp", linger_s=0)
     run.finish()
     assert_same_training(run, local("ddp"), NUM_STEPS)
-    assert_no_step_is_lost_or_repeated(run, num_launches=1)
+    assert_launches(run, 1)
 
 
 def test_requeued_job_goes_on_where_it_was_stopped(slurm, submit, local):
@@ -122,13 +116,13 @@ def test_requeued_job_goes_on_where_it_was_stopped(slurm, submit, local):
     slurm.requeue(run.number)
     run.finish()
     assert_same_training(run, local("ddp"), NUM_STEPS)
-    assert_no_step_is_lost_or_repeated(run, num_launches=2)
+    assert_launches(run, 2)
 
 
 def test_run_saves_before_its_time_limit_and_asks_for_more(slurm, limited, local):
     limited.finish()
     assert_same_training(limited, local("ddp"), NUM_STEPS)
-    assert_no_step_is_lost_or_repeated(limited, num_launches=2)
+    assert_launches(limited, 2)
 
 
 @pytest.mark.parametrize("signal", ["USR1", "TERM"])
@@ -139,7 +133,7 @@ def test_preempted_job_goes_on_after_the_one_of_higher_rank(slurm, submit, local
     slurm.wait_for(higher, "COMPLETED")
     run.finish()
     assert_same_training(run, local("ddp"), NUM_STEPS)
-    assert_no_step_is_lost_or_repeated(run, num_launches=2)
+    assert_launches(run, 2)
 
 
 @pytest.mark.parametrize("node", ["node1", "node2"])
@@ -151,7 +145,7 @@ def test_run_survives_the_crash_of_a_node(slurm, submit, local, node):
     slurm.heal()
     run.finish()
     assert_same_training(run, local("fsdp"), NUM_STEPS)
-    assert_second_launch_goes_back(run)
+    assert_launches(run, 2, is_saved=False)
 
 
 @pytest.mark.parametrize("node", ["node1", "node2"])
@@ -164,4 +158,4 @@ def test_run_survives_the_cut_of_a_link(slurm, submit, local, node):
     slurm.heal()
     run.finish()
     assert_same_training(run, local("ddp"), NUM_STEPS)
-    assert_second_launch_goes_back(run)
+    assert_launches(run, 2, is_saved=False)

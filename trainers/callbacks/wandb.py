@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import sys
-from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,10 +14,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from trainers.callbacks.preemption import PreemptedError
 from trainers.durable_files import write_atomically
-from trainers.metrics import StampedLogger
+from trainers.metrics import StampedLogger, read_metrics
 
-NUM_RECENT = 100
-"""Rows that are kept for another client; what one has not written yet is of the last seconds."""
+NUM_RECENT = 200
+"""Rows that a client is given once more; what the one before may not have written is of seconds."""
 
 
 class WandbLogger(StampedLogger):
@@ -29,9 +28,10 @@ class WandbLogger(StampedLogger):
     x-axis is `samples` (`tokens` is there to choose). Without an API key the client works offline
     and makes one directory per start under `<run directory>/wandb`, all with the same id.
 
-    The client writes by a process of its own, which ends at once with SIGTERM, and schedulers send
-    that to every process of a job. The run goes on to save all the same; then, or with the next
-    row, another client is started and is given the latest rows again, since those may be lost.
+    The client writes by a process of its own, which loses its latest rows when it is killed.
+    SIGTERM ends it too, and schedulers send that to every process of a job. The run goes on to save
+    all the same, and each new client is first given the latest rows of `metrics.jsonl` once more.
+    Those that have arrived already are dropped by W&B, whose steps only rise.
     """
 
     def __init__(
@@ -54,7 +54,6 @@ class WandbLogger(StampedLogger):
         self.mode = mode or os.environ.get("WANDB_MODE") or default
         self._run: Any = None
         self._is_lost = False
-        self._recent: deque[dict[str, Any]] = deque(maxlen=NUM_RECENT)
 
     @property
     def name(self) -> str:
@@ -77,9 +76,7 @@ class WandbLogger(StampedLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log a row at the run's optimizer step."""
-        row = dict(metrics) | self.stamp()
-        self._log(row)
-        self._recent.append(row)
+        self._log(dict(metrics) | self.stamp())
 
     @rank_zero_only
     def log_table(self, key: str, rows: list[dict[str, str]]) -> None:
@@ -111,8 +108,7 @@ class WandbLogger(StampedLogger):
         with suppress(ConnectionError):
             wandb.teardown()
         self._run, self._is_lost = None, False
-        for row in self._recent:
-            self.experiment.log(row, step=int(row["step"]))
+        self._start()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -123,7 +119,7 @@ class WandbLogger(StampedLogger):
                 self._run.finish(exit_code=int(is_failed))
             except ConnectionError:
                 self._start_anew()
-                self.experiment.finish(exit_code=int(is_failed))
+                self._run.finish(exit_code=int(is_failed))
             self._run = None
 
     @rank_zero_only
@@ -144,6 +140,8 @@ class WandbLogger(StampedLogger):
             )
             self._run.define_metric("samples", hidden=True)
             self._run.define_metric("*", step_metric="samples")
+            for row in read_metrics(self.directory / "metrics.jsonl")[-NUM_RECENT:]:
+                self._run.log(row, step=int(row["step"]))
         return self._run
 
 
