@@ -6,12 +6,15 @@ from launch.cluster import is_first
 from launch.run_directory import RunDirectory
 from launch.run_home import directory_of
 from launch.runtime import DONE, FAILED, LAUNCHED_AT, PREEMPTED, Ending
+from trainers.rules import is_submission
 
 STATES = {DONE: "done", PREEMPTED: "preempted", FAILED: "failed"}
 
 
 def say_end(ending: Ending) -> None:
     """Say how a run has ended, by what is in its status, or why it did not come to have one."""
+    if ending.problem is None and is_submission(ending.config):
+        return  # the job says it
     run = directory_of(ending.config)
     state, reason = STATES[ending.code], ending.problem or ""
     status = run.status

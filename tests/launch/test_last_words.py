@@ -96,6 +96,14 @@ def test_reason_is_the_status_of_this_command_or_what_kept_it_from_having_one(sa
     assert say(runtime.DONE) == ""
 
 
+def test_command_that_submits_a_job_does_not_say_that_its_run_is_done(compose, tmp_path, capsys):
+    config = compose("train", ["cluster=slurm", "run.name=small", f"runs_dir={tmp_path}"])
+    last_line_module.say_end(runtime.Ending(config, 0.0, runtime.DONE, None))
+    assert capsys.readouterr().out == ""
+    last_line_module.say_end(runtime.Ending(config, 0.0, runtime.FAILED, "no such partition"))
+    assert capsys.readouterr().out == "run small: failed: no such partition\n"
+
+
 def test_rank_of_torchrun_prints_to_a_file_and_rank_0_says_why_it_failed(
     small_run, own_callback, command, tmp_path
 ):
