@@ -34,7 +34,7 @@ def test_randomness_is_a_function_of_seed_step_micro_batch_and_rank():
 @pytest.mark.parametrize("behind", [0, 1])
 def test_batch_counters_follow_the_accumulation(behind, tmp_path):
     counts = {"ready": 12, "started": 12, "processed": 12, "completed": 12 - behind}
-    progress = {"total": dict(counts), "current": dict(counts)}
+    progress = {"total": dict(counts), "current": dict(counts), "is_last_batch": True}
     checkpoint = {
         "grad_accum": 4,
         "validation_pending": False,
@@ -54,7 +54,7 @@ def test_batch_counters_follow_the_accumulation(behind, tmp_path):
     trainer = SimpleNamespace(accumulate_grad_batches=1)
     callback.on_load_checkpoint(trainer, None, checkpoint)
     expected = {"ready": 3, "started": 3, "processed": 3, "completed": 3 - behind}
-    assert progress == {"total": expected, "current": expected}
+    assert progress == {"total": expected, "current": expected, "is_last_batch": False}
 
 
 def test_peak_flops_are_known_for_gpus_only(monkeypatch):
