@@ -1,6 +1,7 @@
 """Documentation that can be checked by a machine: links, commands, names."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,16 @@ def test_commands_exist(page):
     for group, name in re.findall(r"\b(experiment|strategy|logger|debug)=(\w+)", text):
         if name not in ("mine", "null"):
             assert (ROOT / "conf" / group / f"{name}.yaml").exists(), f"{group}={name}"
+
+
+def test_extras_that_are_named_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    sources = [path for name in ("launch", "datamodules") for path in (ROOT / name).rglob("*.py")]
+    for path in [*PAGES, *sources]:
+        named = re.findall(r"trainyard\[([a-z0-9,]+)\]", path.read_text())
+        assert set(",".join(named).split(",")) - {""} <= project["optional-dependencies"].keys(), (
+            path
+        )
 
 
 def test_readme_maps_every_file_of_the_packages():
