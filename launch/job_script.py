@@ -46,7 +46,11 @@ def parameters(config: DictConfig) -> dict[str, Any]:
             # To the ranks. Without B: the batch shell, which can do nothing about it, gets none.
             "signal": f"USR1@{asked.signal_ahead_s}",
             "requeue" if asked.requeue else "no-requeue": True,
-            **{key: value for key, value in asked.sbatch.items() if value not in (None, False)},
+            **{
+                key: value
+                for key, value in asked.sbatch.items()
+                if value is not None and value is not False  # 0 is a value: nice, say
+            },
         },
     }
 

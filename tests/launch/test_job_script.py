@@ -40,6 +40,8 @@ def test_dry_run_prints_all_that_is_asked_for_and_writes_nothing(script, tmp_pat
         "cluster.modules=[gcc, cuda/12.4]",
         "cluster.setup=['source env/bin/activate']",
         "+cluster.sbatch={mail-type: END, exclusive: true, reservation: null}",
+        "+cluster.sbatch.nice=0",
+        "+cluster.sbatch.reboot=false",
         "cluster.srun=['--cpu-bind=cores']",
     )
     assert lines == [
@@ -54,6 +56,7 @@ def test_dry_run_prints_all_that_is_asked_for_and_writes_nothing(script, tmp_pat
         "#SBATCH --job-name=small",
         "#SBATCH --mail-type=END",
         "#SBATCH --mem=64G",
+        "#SBATCH --nice=0",
         "#SBATCH --nodes=2",
         "#SBATCH --ntasks-per-node=2",
         "#SBATCH --open-mode=append",
@@ -159,6 +162,7 @@ def test_cluster_of_ones_own_is_a_file(command, small_run, tmp_path):
     assert done.returncode == runtime.DONE, done.stderr
     for line in ("#SBATCH --exclusive", "#SBATCH --account=mine", "source env/bin/activate"):
         assert line in done.stdout.splitlines()
+    assert " python -u -m submitit" in done.stdout  # the environment's, not the submitter's
 
 
 def test_own_script_is_correct_shell():
