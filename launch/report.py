@@ -37,8 +37,8 @@ def report(config: DictConfig) -> None:
         )
     sweep = _read_sweep(config) if config.sweep is not None else _collect_runs(config)
     sweep.direction = config.direction or sweep.direction
-    if config.objective:
-        _take_objective(sweep, config.objective)
+    if config.objective or config.run is not None:
+        _take_objective(sweep, config.objective or sweep.objective)
     print_table(sweep)
     write_csv(sweep, sweep.folder / "report.csv")
     print(f"table: {sweep.folder / 'report.csv'}")
@@ -129,7 +129,6 @@ def _collect_runs(config: DictConfig) -> Sweep:
         job = sweep.jobs[run.path.name]
         job.state = run.status.get("state", "waiting")
         job.steps = run.status.get("step")
-    _take_objective(sweep, config.objective or sweep.objective)
     return sweep
 
 
