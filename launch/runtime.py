@@ -7,12 +7,11 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -140,24 +139,6 @@ def outcome_of(work: Callable[[], int], config_name: str) -> tuple[int, str | No
         return work(), None
     except (Exception, StoppedError) as error:
         return _say(error, config_name)
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Let requests to stop wait for nothing: what goes on is what they would ask for.
-
-    Ctrl-C still ends it. Other threads than the main one get no signals anyway.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    requests = STOP_SIGNALS - {signal.SIGINT}
-    before = {each: signal.signal(each, signal.SIG_IGN) for each in requests}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def explain(error: BaseException, config_name: str) -> str | None:

@@ -22,6 +22,7 @@ from launch import job_script, runtime, slurm_jobs
 from launch.last_line import say_end
 from launch.run_directory import RunDirectory, StoppedError
 from launch.run_home import directory_of
+from launch.signals import holding_signals, noticing_signals
 from launch.summary import print_summary
 
 REFUSALS = (
@@ -82,12 +83,13 @@ def submit(config: DictConfig) -> int:
             return runtime.DONE
         _refuse_second_job(run)
         before = run.status
-        (job,) = _submit(executor, [rank], config)
-        _note_job(run, job, run.path.name)
-    tasks = f"{config.cluster.nodes} node(s) with {config.trainer.devices} rank(s) each"
-    print(f"run {run.path.name}: submitted as job {job.job_id}, {tasks}")
-    print(f"follow: {_follow_command(job.paths.stdout)}")
-    print(f"cancel: scancel {job.job_id}", flush=True)
+        with noticing_signals():  # a job that is in the queue is one that is noted and told of
+            (job,) = _submit(executor, [rank], config)
+            _note_job(run, job, run.path.name)
+            tasks = f"{config.cluster.nodes} node(s) with {config.trainer.devices} rank(s) each"
+            print(f"run {run.path.name}: submitted as job {job.job_id}, {tasks}")
+            print(f"follow: {_follow_command(job.paths.stdout)}")
+            print(f"cancel: scancel {job.job_id}", flush=True)
     log = Path(job.paths.stdout)
     return _wait(run, job.job_id, log, before) if config.cluster.wait else runtime.DONE
 
@@ -214,8 +216,12 @@ def _submit(executor: Any, ranks: list[Rank], config: DictConfig) -> list[Any]:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
-        # submitit prints what sbatch says, and raises it too; a batch is submitted at its end.
-        with _leaving_nothing_in(executor.folder), redirect_stderr(StringIO()), executor.batch():
+        with (
+            holding_signals(),  # Ctrl-C in a terminal comes to sbatch, too, which would fall silent
+            _leaving_nothing_in(executor.folder),
+            redirect_stderr(StringIO()),  # submitit prints what sbatch says, and raises it too
+            executor.batch(),  # is submitted at its end
+        ):
             return [executor.submit(rank) for rank in ranks]
     except (FailedJobError, FailedSubmissionError) as error:
         raise ValueError(_explain(str(error), config)) from error

@@ -5,16 +5,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from launch.ranks import die_with_parent
-from launch.run_directory import RunDirectory, StoppedError
+from launch.run_directory import RunDirectory
 from launch.runtime import DONE, PREEMPTED
+from launch.signals import noticing_signals
 from launch.sweep_record import Job, Sweep, read_objective
 
 POLL_S = 0.1
@@ -37,7 +36,7 @@ def run_here(
 ) -> None:
     """Run jobs, each in processes of its own, and note in the sweep how they end.
 
-    A signal to stop is passed on to those that run; a second one kills them.
+    A signal to stop is passed on to those that run; Ctrl-C after it kills them.
 
     Args:
         sweep: Its record.
@@ -68,8 +67,6 @@ def run_here(
                     note_end(sweep, each.job, each.process.returncode)
         finally:  # an error of ours
             _pass_on(signal.SIGKILL, running)
-    if signals:
-        raise StoppedError(signal.Signals(signals[0]).name)
 
 
 def visible_devices(config: DictConfig) -> list[str]:
@@ -104,7 +101,9 @@ def _start(
     devices = [free_devices.pop(0) for _ in range(config.trainer.devices) if free_devices]
     status = RunDirectory(Path(job.directory)).status
     sweep.note(job, "running", reason="", slurm_job=None, began=time.time(), status_before=status)
-    command = [sys.executable, *PROGRAM, *flags, "hydra.mode=RUN", *job.overrides]
+    # In an allocation a job that stops would have all of it started again, the others' too.
+    own = ["hydra.mode=RUN", *job.overrides, "cluster.requeue=false"]
+    command = [sys.executable, *PROGRAM, *flags, *own]
     with sweep.log(job).open("ab") as log:
         process = subprocess.Popen(
             command,
@@ -127,21 +126,6 @@ def _environment(num_processes: int, devices: list[str]) -> dict[str, str]:
     chosen = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
     shared = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1"}
     return {"OMP_NUM_THREADS": threads} | inherited | shared | chosen
-
-
-@contextmanager
-def noticing_signals() -> Iterator[list[int]]:
-    """Collect signals to stop instead of being interrupted by them."""
-    signals: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-    before = {
-        each: signal.signal(each, lambda number, frame: signals.append(number)) for each in numbers
-    }
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _pass_on(number: signal.Signals, running: list[Running]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launch.object_store import ObjectStore, StoreError
 from launch.run_directory import RunDirectory
-from launch.runtime import undisturbed
+from launch.signals import undisturbed
 from launch.stored_files import (
     CHECKPOINTS,
     MANIFEST,

@@ -3,9 +3,11 @@
 import os
 from pathlib import Path
 
+# For bash: other shells forget which signals they were told not to hear.
 SBATCH = """\
 if [ -s {folder}/refusal ]; then cat {folder}/refusal >&2; exit 1; fi
 cp "$1" "$(mktemp {folder}/script-XXXXXX)"
+if [ -e {folder}/interrupt ]; then kill -INT $$ $PPID; fi
 echo "Submitted batch job 12"
 """
 SCONTROL = """\
@@ -44,7 +46,7 @@ class SlurmStandIn:
         }
         for name, text in commands.items():
             path = folder / "bin" / name
-            path.write_text("#!/bin/sh\n" + text.format(folder=folder) + "\n")
+            path.write_text("#!/bin/bash\n" + text.format(folder=folder) + "\n")
             path.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
         (folder / "calls").touch()
@@ -65,6 +67,10 @@ class SlurmStandIn:
     def refuse(self, message: str) -> None:
         """Let sbatch refuse what is submitted from now on; nothing: accept it."""
         (self.folder / "refusal").write_text(message)
+
+    def interrupt(self) -> None:
+        """Let Ctrl-C come, as from a terminal, before sbatch says what it has submitted."""
+        (self.folder / "interrupt").touch()
 
     @property
     def scripts(self) -> list[str]:

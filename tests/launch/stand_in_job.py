@@ -14,7 +14,12 @@ given: dict[str, str] = dict(each.split("=", 1) for each in sys.argv[1:])
 run = Path(given["runs_dir"], given["run.name"])
 run.mkdir(parents=True, exist_ok=True)
 with (run / "starts.jsonl").open("a") as file:
-    row = {"pid": os.getpid(), "began": time.time(), "environment": dict(os.environ)}
+    row = {
+        "pid": os.getpid(),
+        "began": time.time(),
+        "environment": dict(os.environ),
+        "given": given,
+    }
     file.write(json.dumps(row) + "\n")
 
 

@@ -28,6 +28,16 @@ def test_submission_keeps_the_configuration_as_it_was_composed(stand_in, compose
     assert "#SBATCH --partition=main" in stand_in.scripts[0]
 
 
+def test_job_that_is_submitted_when_a_signal_comes_is_noted(stand_in, compose_job, capsys):
+    stand_in.interrupt()
+    with pytest.raises(StoppedError, match="SIGINT"):
+        submit(compose_job())
+    assert "submitted as job 12" in capsys.readouterr().out
+    run = Path(compose_job().runs_dir, "small")
+    assert json.loads((run / "job.json").read_text())["job"] == "12"
+    assert (run / "logs/slurm/12_submitted.pkl").exists()
+
+
 @pytest.mark.parametrize(
     ("said", "override", "message"),
     [

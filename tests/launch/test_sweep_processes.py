@@ -117,6 +117,15 @@ def test_jobs_do_not_take_themselves_for_ranks(sweep, job, monkeypatch):
     assert environment["OMP_NUM_THREADS"] == str(os.cpu_count())
 
 
+def test_jobs_do_not_ask_for_another_start_of_what_they_run_in(sweep, job):
+    one, config = job("a", loss=1)
+    one.overrides.append("cluster.requeue=true")
+    before = list(one.overrides)
+    run_here(sweep, [(one, config)], [], 1)
+    assert starts(one)[0]["given"]["cluster.requeue"] == "false"
+    assert one.overrides == before
+
+
 def test_signal_is_passed_on_once_and_no_job_begins_after_it(sweep, job):
     jobs = [job("a", loss=1, wait="never"), job("b", loss=1)]
     path = Path(jobs[0][0].directory, "starts.jsonl")
@@ -127,7 +136,23 @@ def test_signal_is_passed_on_once_and_no_job_begins_after_it(sweep, job):
     assert [each.state for each in sweep.jobs.values()] == ["preempted", "waiting"]
 
 
-def test_second_signal_kills_a_job_that_does_not_end(sweep, job):
+def test_signal_that_comes_again_lets_a_job_save(sweep, job, tmp_path):
+    jobs = [job("a", loss=1, wait=tmp_path / "saved", deaf=1)]
+    path = Path(jobs[0][0].directory, "starts.jsonl")
+
+    def stop_twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        (tmp_path / "saved").touch()
+
+    when(path.exists, stop_twice)
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        run_here(sweep, jobs, [], 1)
+    assert sweep.jobs["a"].state == "done"
+
+
+def test_second_ctrl_c_kills_a_job_that_does_not_end(sweep, job):
     jobs = [job("a", loss=1, wait="never", deaf=1)]
     path = Path(jobs[0][0].directory, "starts.jsonl")
 
