@@ -64,14 +64,12 @@ def look_up(job_id: str) -> Job | None:
     Raises:
         ValueError: The controller does not answer.
     """
-    done = _run("scontrol", "show", "job", job_id)
-    if done.returncode:
-        if "Invalid job id" in done.stderr:
+    try:
+        said = ask("scontrol", "show", "job", job_id).replace("(null)", "")
+    except ValueError as error:
+        if "Invalid job id" in str(error):
             return None
-        raise ValueError(
-            f"cluster=slurm -> scontrol: {done.stderr.strip()} -> see whether `sinfo` works here"
-        )
-    said = done.stdout.replace("(null)", "")
+        raise
     found = {
         key: re.search(pattern, said, re.MULTILINE)
         for key, pattern in {
@@ -82,6 +80,22 @@ def look_up(job_id: str) -> Job | None:
         }.items()
     }
     return Job(**{key: match[1] if match else "" for key, match in found.items()})
+
+
+def ask(*command: str) -> str:
+    """What one of Slurm's commands prints.
+
+    Raises:
+        ValueError: It refuses, does not end, or is not there.
+    """
+    try:
+        done = _run(*command)
+        if done.returncode == 0:
+            return done.stdout
+        problem = done.stderr.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    raise ValueError(f"cluster=slurm -> {command[0]}: {problem} -> see whether `sinfo` works here")
 
 
 def follow(job_id: str, log: Path) -> Job | None:

@@ -5,7 +5,6 @@ says when.
 """
 
 import json
-import signal
 import subprocess
 import time
 from contextlib import suppress
@@ -15,9 +14,10 @@ from omegaconf import DictConfig
 
 from launch import job_script, slurm_jobs, submission
 from launch.meeting import wait_until
-from launch.run_directory import RunDirectory, StoppedError
+from launch.run_directory import RunDirectory
 from launch.runtime import DONE, FAILED, PREEMPTED
-from launch.sweep_processes import note_end, noticing_signals
+from launch.signals import noticing_signals
+from launch.sweep_processes import note_end
 from launch.sweep_record import Job, Sweep
 
 CODES = {"done": DONE, "preempted": PREEMPTED}
@@ -28,8 +28,8 @@ def run_as_array(sweep: Sweep, jobs: Jobs, at_once: int) -> None:
     """Submit jobs, unless they are in the queue already, and note in the sweep how they end.
 
     A signal to stop is passed on to those that run, which save, and takes the others out of the
-    queue; a second one cancels all. If this process is killed, the jobs go on, and the same command
-    again waits for them.
+    queue; Ctrl-C after it cancels all. If this process is killed, the jobs go on, and the same
+    command again waits for them.
 
     Args:
         sweep: Its record.
@@ -38,7 +38,7 @@ def run_as_array(sweep: Sweep, jobs: Jobs, at_once: int) -> None:
 
     Raises:
         StoppedError: There was such a signal; all jobs have ended.
-        ValueError: They cannot be submitted.
+        ValueError: They cannot be submitted, or Slurm does not answer.
     """
     queue = _read_queue()
     waiting = [job for job, _ in jobs if job.slurm_job in queue]
@@ -47,20 +47,22 @@ def run_as_array(sweep: Sweep, jobs: Jobs, at_once: int) -> None:
         for job, config in jobs
         if job not in waiting and _is_sound(sweep, job, config)
     ]
-    for group in _by_resources(new):
-        _submit(sweep, group, at_once)
-    waiting, told = [*waiting, *(job for job, _ in new)], 0
+    told = 0
     with noticing_signals() as signals:
+        for group in _by_resources(new):
+            if not signals:
+                _submit(sweep, group, at_once)
+                waiting += [job for job, _ in group]
         while waiting:
             time.sleep(slurm_jobs.POLL_S)
-            with suppress(subprocess.SubprocessError):  # a controller that restarts
+            try:
                 queue = _read_queue()
-                for _ in signals[told:]:
-                    _cancel(waiting, queue, gently=not told)
-                    told += 1
-                waiting = [job for job in waiting if not _has_ended(sweep, job, queue)]
-    if signals:
-        raise StoppedError(signal.Signals(signals[0]).name)
+            except ValueError:  # a controller that restarts
+                continue
+            for _ in signals[told:]:
+                _cancel(waiting, queue, gently=not told)
+                told += 1
+            waiting = [job for job in waiting if not _has_ended(sweep, job, queue)]
 
 
 def _is_sound(sweep: Sweep, job: Job, config: DictConfig) -> bool:
@@ -83,10 +85,11 @@ def _by_resources(jobs: Jobs) -> list[Jobs]:
 
 def _submit(sweep: Sweep, jobs: Jobs, at_once: int) -> None:
     folder, configs = sweep.folder / "slurm", [config for _, config in jobs]
+    for job, _ in jobs:
+        job.status_before = RunDirectory(Path(job.directory)).status
     numbers = submission.submit_array(sweep.name, configs, folder, at_once)
     for (job, _), number in zip(jobs, numbers, strict=True):
-        run = RunDirectory(Path(job.directory))
-        job.slurm_job, job.began, job.status_before = number, time.time(), run.status
+        job.slurm_job, job.began = number, time.time()
         log = sweep.log(job)
         log.unlink(missing_ok=True)
         log.symlink_to((folder / f"{number}_0_log.out").resolve())
@@ -97,9 +100,8 @@ def _submit(sweep: Sweep, jobs: Jobs, at_once: int) -> None:
 
 def _read_queue() -> dict[str, str]:
     """State of each job of this user's that is not over."""
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%i %T"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    return dict(line.split() for line in done.stdout.splitlines())
+    said = slurm_jobs.ask("squeue", "--me", "--noheader", "--array", "--format=%i %T")
+    return dict(line.split() for line in said.splitlines())
 
 
 def _cancel(jobs: list[Job], queue: dict[str, str], *, gently: bool) -> None:
@@ -124,13 +126,16 @@ def _has_ended(sweep: Sweep, job: Job, queue: dict[str, str]) -> bool:
         return False
     if slurm_job and not slurm_job.is_over:  # between two starts
         return False
-    run = RunDirectory(Path(job.directory))
-    if slurm_job and slurm_job.state == "CANCELLED" and run.status == job.status_before:
+    run, how = RunDirectory(Path(job.directory)), slurm_job.state if slurm_job else ""
+    if how == "CANCELLED" and run.status == job.status_before:
         sweep.note(job, "waiting", reason="taken out of Slurm's queue")
         return True
-    if slurm_job and slurm_job.state == "COMPLETED":
+    if how == "COMPLETED":
         with suppress(ValueError):  # a shared file system shows it late, if at all
             wait_until(lambda: run.status.get("state") == "done", "the end of the run")
-    code = CODES.get(run.status.get("state", ""), FAILED)
+    status = run.status
+    if how != "COMPLETED" and status == job.status_before:  # of an earlier launch
+        status = {}
+    code = CODES.get(status.get("state", ""), FAILED)
     note_end(sweep, job, code, f"job {job.slurm_job}: {slurm_job or 'Slurm has forgotten it'}")
     return True

@@ -1,5 +1,6 @@
 """Following a job and asking for its next start, with stand-ins for Slurm's commands."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,15 @@ def test_waiting_shows_states_and_output_and_gives_the_runs_code(
         assert printed.out.count(f"job 12: {state} (node1)") == 1
     assert printed.out.count("a line\n") == 2
     assert (f"job 12 ended: {ends}" in printed.err) == (code == runtime.FAILED)
+
+
+def test_controller_that_does_not_answer_in_time_is_one_that_is_not_there(monkeypatch):
+    def run(command, timeout, **options):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(slurm_jobs.subprocess, "run", run)
+    with pytest.raises(ValueError, match=r"cluster=slurm -> scontrol: .* timed out .* -> see"):
+        slurm_jobs.look_up("12")
 
 
 def test_waiting_outlives_a_silent_controller(stand_in, tmp_path, monkeypatch, capsys):

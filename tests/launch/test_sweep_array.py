@@ -11,6 +11,8 @@ from launch.run_directory import RunDirectory, StoppedError
 from launch.sweep_array import run_as_array
 from launch.sweep_record import Job, Sweep
 
+read_queue = sweep_array._read_queue
+
 
 class Slurm:
     """A queue whose jobs go on by a state each time it is looked at; `lives` says through which."""
@@ -133,6 +135,77 @@ def test_job_that_cannot_be_is_not_submitted(array, tmp_path, monkeypatch):
     run({"a": [ends(tmp_path, "a", "done", objective=1.0)], "b": []})
     assert slurm.submitted == [(["a"], 2)]
     assert sweep.jobs["b"].reason == "key=value -> no -> do not"
+
+
+def test_status_of_an_earlier_launch_is_not_that_of_a_job(array, tmp_path):
+    sweep, _, run = array
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    ends(tmp_path, "a", "done", objective=2.0)()
+    ends(tmp_path, "b", "preempted")()
+    run({"a": ["RUNNING"], "b": ["PENDING", "RUNNING"]})  # both die before they say anything
+    assert [job.state for job in sweep.jobs.values()] == ["failed", "failed"]
+    assert sweep.jobs["b"].reason == "job 10_1: FAILED (n1)"
+
+
+def test_completed_job_is_done_whatever_was_before(array, tmp_path, monkeypatch):
+    sweep, _, run = array
+    (tmp_path / "a").mkdir()
+    ends(tmp_path, "a", "done", objective=2.0)()
+    completed = slurm_jobs.Job("s", "COMPLETED", "None", "n1")
+    monkeypatch.setattr(slurm_jobs, "look_up", lambda job: completed)
+    run({"a": ["RUNNING"]})
+    assert (sweep.jobs["a"].state, sweep.jobs["a"].objective) == ("done", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("squeue", "said"),
+    [(None, "No such file"), ("#!/bin/sh\necho 'no controller' >&2; exit 1\n", "no controller")],
+)
+def test_slurm_that_does_not_answer_is_said_before_anything_is_submitted(
+    array, tmp_path, monkeypatch, squeue, said
+):
+    _, slurm, run = array
+    if squeue:
+        (tmp_path / "squeue").write_text(squeue)
+        (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sweep_array, "_read_queue", read_queue)
+    with pytest.raises(ValueError, match=f"cluster=slurm -> squeue: .*{said}.* -> see whether"):
+        run({"a": []})
+    assert not slurm.submitted
+
+
+def test_signal_while_jobs_are_submitted_cancels_those_that_are(array, tmp_path, monkeypatch):
+    sweep, slurm, run = array
+    submit_array = slurm.submit_array
+
+    def submit(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return submit_array(*given)
+
+    monkeypatch.setattr(submission, "submit_array", submit)
+    cancelled = slurm_jobs.Job("s", "CANCELLED", "", "")
+    monkeypatch.setattr(slurm_jobs, "look_up", lambda job: cancelled)
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        run({"a": ["PENDING"], "b": []}, [["trainer.devices=1"], ["trainer.devices=2"]])
+    assert slurm.submitted == [(["a"], 2)]
+    assert slurm.cancelled == [(True, ["a"])]
+    assert Sweep.read(sweep.folder).jobs["a"].slurm_job == "10_0"
+
+
+@pytest.mark.parametrize(("second", "cancelled"), [("SIGINT", [True, False]), ("SIGTERM", [True])])
+def test_second_ctrl_c_cancels_all_and_other_signals_nothing(array, tmp_path, second, cancelled):
+    _, slurm, run = array
+
+    def stop(number):
+        os.kill(os.getpid(), number)
+        return "RUNNING"
+
+    lives = [lambda: stop(signal.SIGTERM), lambda: stop(signal.Signals[second]), "RUNNING"]
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        run({"a": [*lives, ends(tmp_path, "a", "preempted")]})
+    assert [gently for gently, _ in slurm.cancelled] == cancelled
 
 
 def test_signal_cancels_gently_first(array, tmp_path, monkeypatch):
