@@ -24,6 +24,7 @@ from launch.run_directory import RunDirectory
 from launch.run_home import directory_of
 from launch.sweep_processes import note_done, run_here
 from launch.sweep_record import Job, Sweep, folder_of, name_of_run
+from trainers.rules import is_submission
 
 NO_IDENTITY = (*FREE_KEYS, *LENGTH_KEYS, "run.name")
 """What may change in a run, or a run itself refuses, makes no other job unless it is swept."""
@@ -127,7 +128,8 @@ class Launches:
         )
         if failed:
             return runtime.FAILED
-        return runtime.PREEMPTED if "preempted" in states else runtime.DONE
+        is_done = all(state == "done" for state in states)
+        return runtime.DONE if is_done else runtime.PREEMPTED
 
     def _folders(self) -> str:
         names = ("runs_dir", "local_runs_dir")
@@ -180,7 +182,7 @@ class Launches:
 
     def _run(self, missing: list[tuple[Job, DictConfig]]) -> None:
         at_once = self.config.sweep.jobs
-        if self.config.cluster.name == "slurm":
+        if is_submission(self.config):  # in an allocation jobs run there
             from launch.sweep_array import run_as_array
 
             run_as_array(self.sweep, missing, at_once)
@@ -202,6 +204,11 @@ def _check(config: DictConfig) -> None:
         raise ValueError(
             "-m -> each of the ranks that torchrun or srun has started would run the whole sweep "
             "-> start it by `python -m launch.train -m`; its jobs have ranks of their own"
+        )
+    if config.cluster.get("dry_run"):
+        raise ValueError(
+            "cluster.dry_run=true -> a sweep has no script of its own -> leave -m out and give "
+            "one value of each key"
         )
     if config.sweep.direction not in DIRECTIONS:
         raise ValueError(

@@ -7,6 +7,7 @@ import sys
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from launch import runtime
 from launch import sweep as sweep_module
 from launch.report import in_order
 from launch.run_directory import RunDirectory
@@ -23,8 +24,8 @@ def rate(config):
 class DryRun:
     """What runs jobs in place of processes; knows which it has run."""
 
-    def __init__(self, objective, fails):
-        self.objective, self.fails = objective, fails
+    def __init__(self, objective, fails, waits):
+        self.objective, self.fails, self.waits = objective, fails, waits
         self.started, self.configs, self.output = [], {}, None
 
     def __call__(self, sweep, jobs, flags, at_once):
@@ -34,6 +35,8 @@ class DryRun:
             self.configs[job.run] = config
             if job.values.get(LR) in self.fails:
                 sweep.note(job, "failed", reason="made to fail")
+                continue
+            if job.values.get(LR) in self.waits:
                 continue
             run = RunDirectory(sweep.folder.parent.parent / job.run)
             run.path.mkdir(parents=True, exist_ok=True)
@@ -49,10 +52,10 @@ def sweep_at(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     handlers = {each: signal.getsignal(each) for each in (2, 10, 15)}
 
-    def sweep(*overrides, experiment="gpt_char_cpu", objective=rate, fails=()):
+    def sweep(*overrides, experiment="gpt_char_cpu", objective=rate, fails=(), waits=()):
         from launch.train import main
 
-        dry = DryRun(objective, fails)
+        dry = DryRun(objective, fails, waits)
         with monkeypatch.context() as patch:
             patch.setattr(sweep_module, "run_here", dry)
             patch.setattr(sys, "argv", ["train", "-m", *overrides, f"experiment={experiment}"])
@@ -185,14 +188,31 @@ def test_users_own_configuration_is_that_of_the_jobs(sweep_at, tmp_path):
     ("override", "message"),
     [
         ("sweep.jobs=0", "sweep.jobs=0 -> no number of jobs at once -> give 1 or more"),
+        (
+            "cluster=slurm cluster.dry_run=true",
+            "cluster.dry_run=true -> a sweep has no script of its own -> leave -m out and give one "
+            "value of each key",
+        ),
         ("sweep.direction=up", "sweep.direction=up -> unknown -> use minimize or maximize"),
         ("sweep=none", "sweep=none -> there is none of that name -> use one of grid, optuna"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(sweep_at, override, message):
-    code, dry = sweep_at(override, f"{LR}=1")
-    assert (code, dry.started) == (1, [])
+def test_settings_that_cannot_be_are_refused(sweep_at, tmp_path, override, message):
+    code, dry = sweep_at(*override.split(), f"{LR}=1")
+    assert (code, dry.started, list(tmp_path.iterdir())) == (1, [], [])
     assert dry.output.err == f"error: {message}\n"
+
+
+def test_sweep_some_of_whose_jobs_wait_is_not_done(sweep_at):
+    assert sweep_at("sweep.name=s", f"{LR}=1,2", waits=("2",))[0] == runtime.PREEMPTED
+    assert sweep_at("sweep.name=s", f"{LR}=1,2,3", waits=("2",), fails=("3",))[0] == runtime.FAILED
+    assert sweep_at("sweep.name=s", f"{LR}=1,2")[0] == runtime.DONE
+
+
+def test_sweep_in_an_allocation_runs_its_jobs_there(sweep_at, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    code, dry = sweep_at("cluster=slurm", "sweep.name=s", f"{LR}=1,2")
+    assert (code, len(dry.started)) == (0, 2)
 
 
 def test_sweep_is_not_run_by_each_rank(sweep_at, monkeypatch):
