@@ -52,7 +52,7 @@ check_gpu() {
     say "GPUs: $(nvidia-smi --query-gpu=name --format=csv,noheader | sort | uniq -c | xargs)"
 }
 
-# Whoever has put a build of torch for another CUDA into constraints.txt knows which driver it needs.
+# Whoever has put a torch for another CUDA into constraints.txt knows which driver it needs.
 check_driver() {
     local driver
     read -r driver < <(nvidia-smi --query-gpu=driver_version --format=csv,noheader)
@@ -164,9 +164,9 @@ write_run_script() {
     } >"$run_script.new"
 }
 
-# 75: stopped on request and saved. 1: somebody has to mend something. Killed: started again, but not
-# for ever, as where each start runs out of memory. WorkingDirectory: spaces need no quotes there, only
-# % is systemd's, and the unit waits for its mount.
+# 75: stopped on request and saved. 1: somebody has to mend something. Killed: started again, but
+# not for ever, since each start may run out of memory. WorkingDirectory: spaces need no quotes
+# there, only % is systemd's, and the unit waits for its mount.
 write_unit() {
     cat <<EOF
 [Unit]
