@@ -9,16 +9,18 @@ import signal
 import threading
 import time
 
-from launch import last_line
+from omegaconf import DictConfig
+
+from launch import last_line, slurm_jobs
 from launch.cluster import code_for_starter, is_first
 from launch.run_directory import RunDirectory
-from launch.runtime import PREEMPTED, STOP_SIGNALS
+from launch.runtime import LAUNCHED_AT, PREEMPTED, STOP_SIGNALS
 
 GRACE_S = 10.0
 """Seconds for a rank to end by itself after a signal, less than any scheduler gives it."""
 
 
-def end_if_deaf(run: RunDirectory) -> None:
+def end_if_deaf(run: RunDirectory, config: DictConfig) -> None:
     """From now on end this process when it has not ended `GRACE_S` after a signal to stop.
 
     A thread reads the signals' numbers from where Python's own handler, which does not need the
@@ -28,10 +30,10 @@ def end_if_deaf(run: RunDirectory) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
-    threading.Thread(target=_listen, args=[run, reader], daemon=True).start()
+    threading.Thread(target=_listen, args=[run, config, reader], daemon=True).start()
 
 
-def _listen(run: RunDirectory, reader: int) -> None:
+def _listen(run: RunDirectory, config: DictConfig, reader: int) -> None:
     while (number := os.read(reader, 1)[0]) not in STOP_SIGNALS:
         pass
     time.sleep(GRACE_S)
@@ -40,5 +42,7 @@ def _listen(run: RunDirectory, reader: int) -> None:
     if is_first() and status.get("state") in ("starting", "running"):
         run.write_status("preempted", reason)
         status = run.status
+    if LAUNCHED_AT not in os.environ:  # else who has started this rank does it
+        slurm_jobs.requeue_idle(run, signal.Signals(number).name, config)
     last_line.say(run, status.get("state", "preempted"), status.get("reason", reason))
     os._exit(code_for_starter(PREEMPTED))

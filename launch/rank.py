@@ -16,7 +16,7 @@ def main() -> int:
     die_with_parent()
     runtime.stop_by_exception()
     run = RunDirectory(Path(sys.argv[1]))
-    end_if_deaf(run)
+    end_if_deaf(run, run.config)
 
     def work() -> int:
         with run.noting_failed_start():

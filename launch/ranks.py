@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from launch.cluster import is_rank, node_range
+from launch.meeting import wait_until
 from launch.run_directory import RunDirectory
 from launch.runtime import DONE, FAILED, LAUNCHED_AT, PREEMPTED, launched_at
 
@@ -20,6 +22,12 @@ KILLED_BY = {
     "SIGSEGV": ": a library is broken or does not fit another -> see the end of its output",
 }
 """What to look for after a signal."""
+
+CODES = {"done": DONE, "preempted": PREEMPTED, "failed": FAILED}
+"""Of the states in which a run has ended."""
+
+LATE_S = 30.0
+"""In which a rank 0 on another node has said how the run has ended."""
 
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """What an agent must be told where ranks may start more than once. It would keep its store, with
@@ -122,7 +130,8 @@ def _run_agent(
         )
         elastic_launch(agent, sys.executable)(*command)
     except SignalException as error:
-        return _code_after_signal(run, str(error))
+        owns_run = command[2] == "launch.rank"
+        return _code_after_signal(run, signal.Signals(error.sigval).name, owns_run)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return _code_after_failure(run, status, rank, failure.exitcode)
@@ -191,17 +200,28 @@ def _code_after_others(run: RunDirectory) -> int:
     """The other nodes have ended the run while this one was to join them; its status tells how."""
     state, reason = run.status.get("state"), run.status.get("reason")
     print(f"the other nodes have ended the run: {state}: {reason}", file=sys.stderr)
-    return {"done": DONE, "preempted": PREEMPTED}.get(state or "", FAILED)
+    return CODES.get(state or "", FAILED)
 
 
-def _code_after_signal(run: RunDirectory, reason: str) -> int:
-    """The agent has passed a signal on and lost the ranks' codes; the run's status tells."""
+def _code_after_signal(run: RunDirectory, name: str, owns_run: bool) -> int:
+    """The agent has passed a signal on and lost the ranks' codes; the run's status tells.
+
+    Args:
+        run: The run.
+        name: Of the signal.
+        owns_run: Whether all ranks are this process's. Else rank 0 may be another node's, which
+            says a while later how the run has ended, or goes on without this node.
+    """
+    if not owns_run:
+        with suppress(ValueError):
+            wait_until(lambda: run.status.get("state") in CODES, "the end of the run", LATE_S)
+        return CODES.get(run.status.get("state", ""), PREEMPTED)
     state = run.status.get("state")
     if state == "starting":
-        run.write_status("preempted", f"{reason}, before the first step")
+        run.write_status("preempted", f"{name} before the first step")
     if state == "running":
-        run.write_status("failed", f"{reason}; the ranks ended before they could save")
-    return {"done": DONE, "preempted": PREEMPTED, "starting": PREEMPTED}.get(state or "", FAILED)
+        run.write_status("failed", f"{name}; the ranks ended before they could save")
+    return CODES.get(run.status.get("state", ""), FAILED)
 
 
 def die_with_parent() -> None:

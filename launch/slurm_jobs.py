@@ -23,6 +23,8 @@ ENDS = {
 """States that a job stays in."""
 AHEAD_OF_LIMIT = ("SIGUSR1", "SIGUSR2")
 """What Slurm is asked to send ahead of a job's time limit, by us and by submitit."""
+IDLE_STARTS, MAX_IDLE_STARTS = "idle_starts", 3
+"""File of a run that counts starts in a row which were stopped before a step; how many may be."""
 POLL_S = 2.0
 """Between two looks at a job; a controller has many to answer."""
 ANSWER_S = 60
@@ -135,12 +137,36 @@ def requeued(run: RunDirectory, config: DictConfig) -> Iterator[None]:
     """
     try:
         yield
-    except StoppedError as reason:  # before the first step
-        _requeue_if(str(reason) in AHEAD_OF_LIMIT, config)
+    except StoppedError as reason:
+        requeue_idle(run, str(reason), config)
         raise
     status = run.status
-    if status.get("state") == "preempted" and status["time"] >= launched_at():
-        _requeue_if(status.get("asks_requeue", False), config)
+    if status.get("state") != "preempted" or status["time"] < launched_at():
+        return
+    if "step" not in status:  # the ranks that this process has started did not come to train
+        requeue_idle(run, status["reason"].split()[0], config)
+        return
+    (run.path / IDLE_STARTS).unlink(missing_ok=True)
+    _requeue_if(status.get("asks_requeue", False), config)
+
+
+def requeue_idle(run: RunDirectory, signal_name: str, config: DictConfig) -> None:
+    """Ask for another start after one that was stopped before its first step, a few times only.
+
+    A job that takes longer to start than it may take would start for ever.
+    """
+    if "SLURM_JOB_ID" not in os.environ or not is_first():
+        return
+    counter = run.path / IDLE_STARTS
+    count = 1 + (int(counter.read_text()) if counter.exists() else 0)
+    if signal_name in AHEAD_OF_LIMIT and count > MAX_IDLE_STARTS:
+        counter.unlink()
+        message = f"{MAX_IDLE_STARTS} starts did not come to a step -> allow more time"
+        print(f"note: cluster.requeue=true -> {message}", file=sys.stderr, flush=True)
+        return
+    if run.path.exists():
+        counter.write_text(f"{count}\n")
+    _requeue_if(signal_name in AHEAD_OF_LIMIT, config)
 
 
 def _requeue_if(is_asked: bool, config: DictConfig) -> None:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from launch.resume_rules import flatten
 
 PACKAGES = ("torch", "lightning", "deepspeed", "numpy", "safetensors", "tokenizers", "hydra-core")
-OF_A_NODE = {"cluster.interface", "cluster.rendezvous"}
+OF_A_NODE = {"cluster.interface", "cluster.rendezvous", "data_dir"}
 """What each node may call by another name."""
 OURS = ("conf", "datamodules", "launch", "modules", "trainers")
 

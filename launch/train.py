@@ -27,7 +27,7 @@ def train(config: DictConfig) -> int:
         return ranks.start_on_node(directory_of(config), config)
     run, num_ranks = directory_of(config), cluster.count_ranks(config)
     if cluster.is_rank():
-        deafness.end_if_deaf(run)
+        deafness.end_if_deaf(run, config)
     with (
         slurm_jobs.requeued(run, config),
         meet(config, num_ranks) as meeting,

@@ -15,6 +15,10 @@
 set -euo pipefail
 
 readonly MOUNT=/mnt/trainyard
+# The driver that CUDA 13.0 asks for, which PyPI's wheels of torch 2.13 bring
+readonly DRIVER=580
+# Where the system has no Python that is new enough: uv knows the sum of each Python that it fetches
+readonly OWN_UV=0.13.9 OWN_PYTHON=3.12.16
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 readonly project python="$project/.venv/bin/python" run_script="$project/.venv/run.sh"
 
@@ -40,15 +44,26 @@ check_system() {
         "use launch/cloud/Containerfile"
     # g++: DeepSpeed and torch.compile build operators; python3-venv: Ubuntu's python3 has none
     install_packages python3 python3-dev python3-venv g++ ca-certificates
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail \
-        "$(python3 --version) -> Trainyard needs 3.11 -> take Ubuntu 24.04 or Debian 12, or later"
 }
 
 check_gpu() {
-    if has nvidia-smi && nvidia-smi >/dev/null 2>&1; then
-        say "GPUs: $(nvidia-smi --query-gpu=name --format=csv,noheader | sort | uniq -c | xargs)"
+    if ! has nvidia-smi || ! nvidia-smi >/dev/null 2>&1; then install_driver; fi
+    check_driver
+    say "GPUs: $(nvidia-smi --query-gpu=name --format=csv,noheader | sort | uniq -c | xargs)"
+}
+
+# Whoever has put a torch for another CUDA into constraints.txt knows which driver it needs.
+check_driver() {
+    local driver
+    read -r driver < <(nvidia-smi --query-gpu=driver_version --format=csv,noheader)
+    if ((${driver%%.*} >= DRIVER)) || grep -q '^torch==.*+cu' "$project/constraints.txt"; then
         return
     fi
+    fail "NVIDIA's driver is $driver -> torch's CUDA 13.0 needs $DRIVER or later -> an image with" \
+        "one, or a torch for an older CUDA (docs/cloud.md, \"An older driver\")"
+}
+
+install_driver() {
     install_packages pciutils
     lspci | grep -qi nvidia || fail "no NVIDIA GPU on the bus -> nothing to train on -> another " \
         "kind of machine, or --cpu"
@@ -95,6 +110,33 @@ mount_local_disk() {
     as_root chown "$(id -u):$(id -g)" "$MOUNT"
 }
 
+# The newest that has what an environment and the operators need: ensurepip and Python.h.
+find_python() {
+    local name check='import ensurepip, os, sys, sysconfig
+header = os.path.join(sysconfig.get_path("include"), "Python.h")
+sys.exit(sys.version_info < (3, 11) or not os.path.exists(header))'
+    for name in python3.13 python3.12 python3.11 python3; do
+        if has "$name" && "$name" -c "$check" 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+}
+
+make_environment() {
+    local found uv="$project/.venv/uv/bin/uv"
+    found=$(find_python)
+    if [[ -z $found ]]; then
+        say "$(python3 --version) is older than 3.11: fetching $OWN_PYTHON by uv, for .venv alone"
+        export UV_PYTHON_INSTALL_DIR="$project/.venv/python"
+        python3 -m venv "$project/.venv/uv"
+        "$project/.venv/uv/bin/pip" install --quiet --no-cache-dir "uv==$OWN_UV"
+        "$uv" python install --no-bin "$OWN_PYTHON"
+        found=$("$uv" python find --system --no-project --managed-python "$OWN_PYTHON")
+    fi
+    "$found" -m venv "$project/.venv"
+}
+
 install_project() {
     local stamp="$project/.venv/instance" wanted
     wanted=$(cat "$project/pyproject.toml" "$project/constraints.txt" | sha256sum)
@@ -103,7 +145,7 @@ install_project() {
         return
     fi
     say "installing the project and its packages in $project/.venv (some GB, some minutes)"
-    [[ -x $python ]] || python3 -m venv "$project/.venv"
+    [[ -x $python ]] || make_environment
     "$python" -m pip install --quiet --no-cache-dir -c "$project/constraints.txt" \
         -e "${project}[s3,gcs]"
     echo "$wanted" >"$stamp"
@@ -122,18 +164,22 @@ write_run_script() {
     } >"$run_script.new"
 }
 
-start_by_systemd() {
-    local unit=/etc/systemd/system/trainyard.service wanted
-    # 75: stopped on request and saved. 1: somebody has to mend something. Killed: started again.
-    wanted="[Unit]
+# 75: stopped on request and saved. 1: somebody has to mend something. Killed: started again, but
+# not for ever, since each start may run out of memory. WorkingDirectory: spaces need no quotes
+# there, only % is systemd's, and the unit waits for its mount.
+write_unit() {
+    cat <<EOF
+[Unit]
 Description=Trainyard
 Wants=network-online.target
 After=network-online.target
-RequiresMountsFor=$project
+StartLimitIntervalSec=3600
+StartLimitBurst=5
 
 [Service]
 User=$(id -un)
-ExecStart=/bin/bash $run_script
+WorkingDirectory=${project//%/%%}
+ExecStart=/bin/bash .venv/run.sh
 SuccessExitStatus=75
 Restart=on-abnormal
 RestartSec=10
@@ -141,7 +187,13 @@ KillMode=mixed
 TimeoutStopSec=900
 
 [Install]
-WantedBy=multi-user.target"
+WantedBy=multi-user.target
+EOF
+}
+
+start_by_systemd() {
+    local unit=/etc/systemd/system/trainyard.service wanted
+    wanted=$(write_unit)
     if [[ -f $unit && $(<"$unit") == "$wanted" ]] && cmp -s "$run_script.new" "$run_script" &&
         systemctl is-active --quiet trainyard; then
         say "trainyard.service trains already"
@@ -152,6 +204,8 @@ WantedBy=multi-user.target"
     echo "$wanted" | as_root tee "$unit" >/dev/null
     as_root systemctl daemon-reload
     as_root systemctl enable --quiet trainyard
+    # what was started before does not count: neither a run that was given up nor other overrides
+    as_root systemctl reset-failed trainyard 2>/dev/null || true
     as_root systemctl restart trainyard
     echo "watch: journalctl -fu trainyard    stop, saved: sudo systemctl disable --now trainyard"
 }

@@ -38,7 +38,7 @@ def settings(small_settings, tmp_path_factory):
             f"run.name={name}",
             f"max_steps={NUM_STEPS}",
             "logger=wandb",
-            "trainer.timeout_s=20",  # a rank that is cut off has ended before Slurm notices
+            "trainer.timeout_s=20",  # how long a rank waits for one that is cut off
             f"+trainer.callbacks.journal={{{journal}, linger_s: {linger_s}}}",
         ]
 

@@ -10,7 +10,7 @@ import pytest
 from hydra.errors import InstantiationException
 
 import launch.train
-from launch import runtime
+from launch import ranks, runtime
 from launch.run_directory import RunDirectory
 from trainers.metrics import read_metrics
 
@@ -129,3 +129,23 @@ def test_failing_rank_ends_the_run_and_says_why(small_run, train, capfd):
     assert run.status["state"] == "failed"
     assert "the run diverged" in run.status["reason"]
     assert "error: trainer.guard.nonfinite=stop -> the loss on ranks " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("state", "owns_run", "code", "left"),
+    [
+        ("starting", True, runtime.PREEMPTED, "preempted"),
+        ("running", True, runtime.FAILED, "failed"),
+        ("done", True, runtime.DONE, "done"),
+        ("running", False, runtime.PREEMPTED, "running"),  # other nodes go on
+        ("failed", False, runtime.FAILED, "failed"),
+    ],
+)
+def test_signal_to_a_command_is_told_of_its_own_run_only(
+    tmp_path, monkeypatch, state, owns_run, code, left
+):
+    monkeypatch.setattr(ranks, "LATE_S", 0.0)
+    run = RunDirectory(tmp_path)
+    run.write_status(state, "as it was")
+    assert ranks._code_after_signal(run, "SIGTERM", owns_run) == code
+    assert run.status["state"] == left

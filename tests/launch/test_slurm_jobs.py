@@ -127,7 +127,7 @@ def test_job_is_started_again_where_its_run_is_to_go_on(
     stand_in.job("RUNNING", "small", preempted)
     run = RunDirectory(tmp_path)
     with slurm_jobs.requeued(run, compose_job()):
-        run.write_status(state, "as the run says", asks_requeue=asks)
+        run.write_status(state, "as the run says", step=7, asks_requeue=asks)
     assert ("scontrol requeue 12" in stand_in.calls) == is_requeued
 
 
@@ -142,6 +142,22 @@ def test_job_that_is_stopped_before_its_first_step_is_started_again(
     ):
         raise StoppedError(name)
     assert ("scontrol requeue 12" in stand_in.calls) == is_requeued
+
+
+def test_job_that_never_comes_to_a_step_is_not_started_for_ever(
+    stand_in, compose_job, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    run, config = RunDirectory(tmp_path), compose_job()
+    for _ in range(slurm_jobs.MAX_IDLE_STARTS + 1):
+        with slurm_jobs.requeued(run, config):  # as its ranks have left it
+            run.write_status("preempted", "SIGUSR1 before the first step")
+    assert stand_in.calls.count("scontrol requeue 12") == slurm_jobs.MAX_IDLE_STARTS
+    assert "3 starts did not come to a step -> allow more time" in capsys.readouterr().err
+    with slurm_jobs.requeued(run, config):
+        run.write_status("preempted", "SIGUSR1", step=7, asks_requeue=True)
+    assert stand_in.calls.count("scontrol requeue 12") == slurm_jobs.MAX_IDLE_STARTS + 1
+    assert not (tmp_path / slurm_jobs.IDLE_STARTS).exists()
 
 
 @pytest.mark.parametrize(
@@ -160,5 +176,5 @@ def test_nobody_else_asks_for_another_start(
         monkeypatch.setenv(key, value)
     run = RunDirectory(tmp_path)
     with slurm_jobs.requeued(run, compose_job(*overrides)):
-        run.write_status("preempted", "SIGUSR1", asks_requeue=True)
+        run.write_status("preempted", "SIGUSR1", step=7, asks_requeue=True)
     assert "requeue" not in stand_in.calls

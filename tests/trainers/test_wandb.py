@@ -14,6 +14,7 @@ from trainers.metrics import JsonLines
 
 def test_logger_goes_on_with_another_client_when_its_own_is_killed(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # of another test's client, which would be used here
     options = {"project": "tests", "entity": None, "group": None, "tags": [], "mode": None}
     logger = WandbLogger(tmp_path, run_config={}, **options)
     lines = JsonLines(tmp_path / "metrics.jsonl", resume_step=0)
