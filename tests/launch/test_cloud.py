@@ -151,7 +151,7 @@ def test_container_file_copies_what_the_wheel_is_built_of():
 
 def test_container_has_what_the_docs_say_that_it_has():
     (extras,) = re.findall(r"'\.\[(.*)\]'", (CLOUD / "Containerfile").read_text())
-    assert set(extras.split(",")) == {"s3", "gcs", "slurm"}
+    assert set(extras.split(",")) == {"s3", "gcs", "slurm", "sweep"}
 
 
 def test_docs_have_no_command_that_means_something_else_when_pasted():
