@@ -61,7 +61,8 @@ def look_up(job_id: str) -> Job | None:
     """Ask for a job.
 
     Returns:
-        The job; None of one that Slurm has forgotten, some minutes after its end.
+        The job; None of one that Slurm has forgotten, some minutes after its end, or of a task of
+        an array that was cancelled before its turn came.
 
     Raises:
         ValueError: The controller does not answer.
@@ -69,7 +70,8 @@ def look_up(job_id: str) -> Job | None:
     try:
         said = ask("scontrol", "show", "job", job_id).replace("(null)", "")
     except ValueError as error:
-        if "Invalid job id" in str(error):
+        # The second of a task that was cancelled before its array came to it.
+        if re.search("Invalid job id|Job [0-9_]+ not found", str(error)):
             return None
         raise
     found = {
@@ -94,7 +96,7 @@ def ask(*command: str) -> str:
         done = _run(*command)
         if done.returncode == 0:
             return done.stdout
-        problem = done.stderr.strip()
+        problem = (done.stderr or done.stdout).strip()
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
     raise ValueError(f"cluster=slurm -> {command[0]}: {problem} -> see whether `sinfo` works here")

@@ -127,7 +127,7 @@ def _has_ended(sweep: Sweep, job: Job, queue: dict[str, str]) -> bool:
     if slurm_job and not slurm_job.is_over:  # between two starts
         return False
     run, how = RunDirectory(Path(job.directory)), slurm_job.state if slurm_job else ""
-    if how == "CANCELLED" and run.status == job.status_before:
+    if how in ("CANCELLED", "") and run.status == job.status_before:
         sweep.note(job, "waiting", reason="taken out of Slurm's queue")
         return True
     if how == "COMPLETED":

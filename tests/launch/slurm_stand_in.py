@@ -60,6 +60,10 @@ class SlurmStandIn:
         """Let there be no such job any more."""
         self._say("", "slurm_load_jobs error: Invalid job id specified\n")
 
+    def never_start(self) -> None:
+        """Let it be a task of an array that was cancelled before its turn came."""
+        self._say("", "Job 12 not found\n")
+
     def fall_silent(self) -> None:
         """Let the controller not answer."""
         self._say("", "Unable to contact slurm controller\n")

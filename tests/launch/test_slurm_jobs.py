@@ -69,6 +69,16 @@ def test_waiting_outlives_a_silent_controller(stand_in, tmp_path, monkeypatch, c
     assert "scontrol: Unable to contact slurm controller" in capsys.readouterr().out
 
 
+def test_job_that_slurm_does_not_know_is_none(stand_in):
+    stand_in.forget()
+    assert slurm_jobs.look_up("12") is None
+    stand_in.never_start()
+    assert slurm_jobs.look_up("12") is None
+    stand_in.fall_silent()
+    with pytest.raises(ValueError, match="Unable to contact slurm controller -> see whether"):
+        slurm_jobs.look_up("12")
+
+
 def test_who_stops_waiting_leaves_the_job_alone(stand_in, compose_job, monkeypatch, capsys):
     def look_up(job_id):
         raise StoppedError("SIGINT")

@@ -208,14 +208,15 @@ def test_second_ctrl_c_cancels_all_and_other_signals_nothing(array, tmp_path, se
     assert [gently for gently, _ in slurm.cancelled] == cancelled
 
 
-def test_signal_cancels_gently_first(array, tmp_path, monkeypatch):
+@pytest.mark.parametrize("known", [True, False], ids=["as cancelled", "not at all"])
+def test_signal_cancels_gently_first(array, tmp_path, monkeypatch, known):
     sweep, slurm, run = array
 
     def interrupt():
         os.kill(os.getpid(), signal.SIGTERM)
         return "RUNNING"
 
-    cancelled = slurm_jobs.Job("s", "CANCELLED", "", "")
+    cancelled = slurm_jobs.Job("s", "CANCELLED", "", "") if known else None
     monkeypatch.setattr(slurm_jobs, "look_up", lambda job: cancelled)
     saved = ends(tmp_path, "a", "preempted")
     with pytest.raises(StoppedError, match="SIGTERM"):
