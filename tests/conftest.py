@@ -51,13 +51,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Deal files to processes, and to one of them all that need the one cluster of a machine."""
+    """Deal files to processes, and to one of them all that need the one Slurm of a machine."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            cluster = "tests/cluster/"
-            return cluster if nodeid.startswith(cluster) else super()._split_scope(nodeid)
+            slurm = "tests/cluster/test_slurm"
+            return slurm if nodeid.startswith(slurm) else super()._split_scope(nodeid)
 
     return Scheduling(config, log)
 
