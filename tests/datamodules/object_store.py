@@ -7,6 +7,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
+from urllib.request import Request, urlopen
 
 import boto3
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -58,6 +59,8 @@ class ObjectStore:
             aws_secret_access_key=CREDENTIALS["secret"],
             region_name="us-east-1",
         )
+        # moto keeps objects for the process, of servers before, too.
+        urlopen(Request(f"{self.endpoint}/moto-api/reset", method="POST")).close()
         self._client.create_bucket(Bucket=BUCKET)
 
     def put(self, key: str, content: bytes) -> str:
