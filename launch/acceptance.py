@@ -6,8 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from launch.cluster import count_ranks
-from launch.completion import complete
+from launch.cluster import count_ranks, is_rank
+from launch.completion import complete, fill_in
 from launch.meeting import Meeting, wait_until
 from launch.run_directory import RunDirectory
 from launch.run_home import home_of
@@ -30,7 +30,9 @@ def accepted(run: RunDirectory, config: DictConfig, meeting: Meeting) -> Iterato
 @contextmanager
 def _lead(run: RunDirectory, config: DictConfig, meeting: Meeting) -> Iterator[bool]:
     home = home_of(run, config)
-    complete(config, count_ranks(config))
+    num_ranks = count_ranks(config)
+    # Importing Lightning takes seconds, and ranks that are started next do it themselves.
+    (complete if num_ranks == 1 or is_rank() else fill_in)(config, num_ranks)
     with run.lock(), run.noting_failed_start():
         home.pull(str(config.checkpoint), trains=True)
         run.compare(config)

@@ -30,6 +30,12 @@ def refuse_indivisible(config: DictConfig) -> None:
 
 def complete(config: DictConfig, num_ranks: int) -> None:
     """Check it, prepare its data, fill in `plan` and `data`; on no device, on all ranks at once."""
+    fill_in(config, num_ranks)
+    check_datamodule(config)
+
+
+def fill_in(config: DictConfig, num_ranks: int) -> None:
+    """The same, but for the datamodule, which takes Lightning to be imported."""
     from trainers.batch_plan import plan_run
     from trainers.compat import check
     from trainers.limits import resolve_precision
@@ -37,8 +43,12 @@ def complete(config: DictConfig, num_ranks: int) -> None:
     check(config, num_ranks)
     config.precision = resolve_precision(config)  # written down: another machine may choose another
     config.plan = asdict(plan_run(config, world_size=num_ranks))
-    if has_corpus := "_target_" in config.corpus:
+    if "_target_" in config.corpus:
         config.data = instantiate(config.corpus).prepare(config.data_dir).facts
-    datamodule = instantiate(config.datamodule, _convert_="all")  # refuses settings that cannot be
-    if has_corpus:
-        datamodule.setup("fit")  # and data that does not suit them
+
+
+def check_datamodule(config: DictConfig) -> None:
+    """Build and set up the datamodule: it refuses settings that cannot be, and unsuitable data."""
+    datamodule = instantiate(config.datamodule, _convert_="all")
+    if "_target_" in config.corpus:
+        datamodule.setup("fit")

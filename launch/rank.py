@@ -5,6 +5,7 @@ from pathlib import Path
 
 from launch import runtime
 from launch.cluster import code_for_starter
+from launch.completion import check_datamodule
 from launch.deafness import end_if_deaf
 from launch.ranks import die_with_parent
 from launch.run_directory import RunDirectory
@@ -20,6 +21,7 @@ def main() -> int:
 
     def work() -> int:
         with run.noting_failed_start():
+            check_datamodule(run.config)
             return code_for_starter(fit(run, run.config))
 
     return runtime.outcome_of(work, "train")[0]

@@ -1,6 +1,5 @@
 """Recomputing activations in the backward pass, block by block (Chen et al. 2016, 1604.06174)."""
 
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +11,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
     noop_context_fn,
 )
+
+from trainers.limits import refuse_unknown_mode
 
 # Outputs that `selective` keeps: what costs most to make again.
 KEPT_OPERATIONS = (
@@ -42,11 +43,7 @@ class ActivationCheckpointing(Callback):
         Raises:
             ValueError: No such mode.
         """
-        if not re.fullmatch(r"none|full|selective|every_[1-9]\d*", mode):
-            raise ValueError(
-                f"activation_checkpointing={mode} -> no such mode -> use none, full, selective, "
-                f"or every_<n> such as every_2"
-            )
+        refuse_unknown_mode(mode)
         self.mode = mode
         self._forwards: list[tuple[torch.nn.Module, Callable[..., Any]]] = []
 

@@ -1,18 +1,18 @@
 """What a setting may be by itself, checked before a device is touched."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from trainers.activation_checkpointing import ActivationCheckpointing
-from trainers.callbacks.step_guard import ACTIONS
 from trainers.rules import is_submission
 from trainers.spot_notices import LOOKS
 
 PRECISIONS = ("fp32", "bf16", "fp16", "auto")
 ACCELERATORS = ("auto", "cpu", "cuda")
 PARAMETERS = ("fp32", "low")
+ACTIONS = ("stop", "skip")
 STAGES = (1, 2, 3)
 
 Check = Callable[[Mapping[str, Any]], str | None]
@@ -27,7 +27,20 @@ def check_values(config: Mapping[str, Any]) -> None:
     for find in CHECKS:
         if message := find(config):
             raise ValueError(message)
-    ActivationCheckpointing(config["activation_checkpointing"])
+    refuse_unknown_mode(config["activation_checkpointing"])
+
+
+def refuse_unknown_mode(mode: str) -> None:
+    """Check `activation_checkpointing=`.
+
+    Raises:
+        ValueError: No such mode.
+    """
+    if not re.fullmatch(r"none|full|selective|every_[1-9]\d*", mode):
+        raise ValueError(
+            f"activation_checkpointing={mode} -> no such mode -> use none, full, selective, "
+            "or every_<n> such as every_2"
+        )
 
 
 def resolve_precision(config: Mapping[str, Any]) -> str:

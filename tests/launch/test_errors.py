@@ -57,11 +57,7 @@ def test_command_line_mistake_names_what_is_near(refuse, override, message):
         (["++trainer.val_every_step=5"], "val_every_step=5 -> nothing reads .*val_every_steps"),
         (["checkpoints.every_steps=0"], "checkpoints.every_steps=0 -> .* or null for never"),
         (["checkpoints.monitor=val/los"], "monitor=val/los -> .* -> use one of: .*val/loss"),
-        (
-            # By this process, before it starts ranks.
-            ["datamodule.tail=keep", "strategy=ddp", "trainer.devices=2"],
-            "datamodule.tail=keep -> unknown -> choose one of drop, carry",
-        ),
+        (["datamodule.tail=keep"], "datamodule.tail=keep -> unknown -> choose one of drop, carry"),
         (["cluster.nodes=2", "strategy=ddp"], "cluster.nodes=2 -> .* -> run it on every node"),
         (["run.name=null"], "run.name= -> it names a directory"),
         (["corpus.path=???"], "corpus.path -> it has no value -> add corpus.path="),

@@ -121,6 +121,14 @@ def test_run_that_cannot_start_says_why_in_its_status(small_run, compose, capfd,
     assert status["reason"].startswith("module.schedule: warm-up of 1000 samples")
 
 
+def test_ranks_refuse_a_datamodule_before_they_train(small_run, train, capfd):
+    run = train(*small_run, *TWO_RANKS, "datamodule.tail=keep", code=runtime.FAILED)
+    message = "datamodule.tail=keep -> unknown -> choose one of drop, carry"
+    assert run.status["reason"].startswith(message)
+    assert f"error: {message}" in capfd.readouterr().err
+    assert not (run.path / "metrics.jsonl").exists()
+
+
 @pytest.mark.slow  # a loss of one rank alone is in test_failures.py, every day
 def test_failing_rank_ends_the_run_and_says_why(small_run, train, capfd):
     overrides = ["module.optimizer.name=sgd", "module.optimizer.lr=1e30", "run.name=failed"]

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from trainers.checkpoint import read_last
 
-ACTIONS = ("stop", "skip")
-
 
 @dataclass(frozen=True)
 class Judged:
