@@ -1,7 +1,7 @@
 """What happens to a run before it trains: rank 0 prepares and accepts it, the others follow."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from omegaconf import DictConfig
@@ -71,5 +71,7 @@ def _follow(run: RunDirectory, config: DictConfig, meeting: Meeting) -> Iterator
 
 def _last(run: RunDirectory) -> str | None:
     """Name of the run's newest checkpoint, once all of it is there."""
-    path = run.find_checkpoint("last")
+    path = None
+    with suppress(ValueError):  # its name may be there before its folder
+        path = run.find_checkpoint("last")
     return path.name if path and (path / "manifest.json").exists() else None

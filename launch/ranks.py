@@ -142,17 +142,20 @@ def _run_agent(
 
 
 def _rank_environment(num_ranks: int) -> dict[str, str]:
-    home = str(Path(__file__).resolve().parent.parent)
-    # -P keeps the working folder from shadowing our packages; the user's own come after them.
-    path = [home, os.getcwd(), os.environ.get("PYTHONPATH", "")]
     threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
     return {
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "PYTHONPATH": python_path(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         # Seconds to finish a step and save in after a signal; torch 2.11 knows 30 only.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
         LAUNCHED_AT: str(launched_at()),
     }
+
+
+def python_path() -> str:
+    """For `python -P`, which keeps the working folder from shadowing our packages."""
+    home = str(Path(__file__).resolve().parent.parent)
+    return os.pathsep.join(filter(None, [home, os.getcwd(), os.environ.get("PYTHONPATH", "")]))
 
 
 def _code_after_failure(run: RunDirectory, before: dict[str, Any], rank: int, exitcode: int) -> int:

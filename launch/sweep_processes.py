@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from launch.ranks import die_with_parent
+from launch.ranks import die_with_parent, python_path
 from launch.run_directory import RunDirectory
 from launch.runtime import DONE, PREEMPTED
 from launch.signals import noticing_signals
@@ -120,11 +120,9 @@ def _start(
 
 def _environment(num_processes: int, devices: list[str]) -> dict[str, str]:
     inherited = {key: os.environ[key] for key in os.environ if not key.startswith(FOREIGN)}
-    home = str(Path(__file__).resolve().parent.parent)
-    path = [home, os.getcwd(), os.environ.get("PYTHONPATH", "")]
     threads = str(max(1, (os.cpu_count() or 1) // num_processes))
     chosen = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
-    shared = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1"}
+    shared = {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
     return {"OMP_NUM_THREADS": threads} | inherited | shared | chosen
 
 

@@ -8,18 +8,11 @@ import pytest
 
 from launch import runtime
 from launch.run_directory import RunDirectory
+from tests.launch.test_ranks import SGD
 from trainers.metrics import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-# SGD without dropout: the same curve on any number of ranks.
-SGD = [
-    "module.schedule.name=constant",
-    "module.schedule.final_lr_fraction=null",
-    "module.network.dropout=0.0",
-    "module.optimizer.name=sgd",
-    "module.optimizer.lr=0.05",
-]
 JOB = ["cluster=slurm", "cluster.nodes=2", "strategy=ddp", "cluster.wait=true", "run.name=job"]
 
 

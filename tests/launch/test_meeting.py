@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from launch import meeting, rendezvous
+from launch import acceptance, meeting, rendezvous
 from launch.meeting import AbsentError, Meeting
+from launch.run_directory import RunDirectory
 from launch.start_facts import digest_of_code, facts_of_start
 
 NUM_RANKS = 3
@@ -89,6 +90,19 @@ def test_rank_without_signs_of_life_is_not_waited_for(stores, monkeypatch, beat,
     met = Meeting(stores[1], 1, NUM_RANKS, timeout_s=1.0)
     with pytest.raises(AbsentError, match=f"rank 0 -> it has not been heard of for {seconds} s"):
         met.hear()
+
+
+def test_checkpoint_whose_name_is_there_before_its_files_is_waited_for(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert acceptance._last(run) is None
+    path = run.checkpoints / "step-00000005"
+    run.checkpoints.mkdir()
+    (run.checkpoints / "last").write_text(f"{path.name}\n")
+    assert acceptance._last(run) is None
+    path.mkdir()
+    assert acceptance._last(run) is None
+    (path / "manifest.json").touch()
+    assert acceptance._last(run) == path.name
 
 
 def test_facts_are_of_code_packages_and_configuration(compose, tmp_path):
