@@ -8,9 +8,8 @@ import subprocess
 import pytest
 
 from launch.run_directory import RunDirectory
-from launch.sweep_record import Sweep
 from tests.cluster.slurm_cluster import wait_until
-from trainers.metrics import read_metrics
+from tests.launch.watched_sweep import WatchedSweep
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -55,16 +54,8 @@ def start_sweep(cluster, small_settings, command, tmp_path):
 def test_array_is_interrupted_and_left_and_finishes_what_is_missing(
     start_sweep, sweep_folder, cluster
 ):
-    def jobs():
-        by_rate = {job.values[LR]: job for job in Sweep.read(sweep_folder).jobs.values()}
-        return [by_rate[rate] for rate in RATES if rate in by_rate]
-
-    def states():
-        return [job.state for job in jobs()]
-
-    def step_of(number):
-        rows = read_metrics(f"{jobs()[number].directory}/metrics.jsonl") if jobs() else []
-        return rows[-1]["step"] if rows else 0
+    sweep = WatchedSweep(sweep_folder, LR, RATES)
+    jobs, states, step_of = sweep.jobs, sweep.states, sweep.step_of
 
     def queue():
         command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]

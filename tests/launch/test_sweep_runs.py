@@ -9,8 +9,7 @@ import psutil
 import pytest
 
 from launch.run_directory import RunDirectory
-from launch.sweep_record import Sweep
-from trainers.metrics import read_metrics
+from tests.launch.watched_sweep import WatchedSweep
 
 LR = "module.optimizer.lr"
 RATES = ("0.001", "0.01", "oops", "0.003")
@@ -65,18 +64,8 @@ def start_sweep(sweep_command):
 def test_sweep_is_interrupted_and_killed_and_finishes_what_is_missing(
     start_sweep, tmp_path, small_settings, train
 ):
-    def jobs():
-        by_rate = {
-            job.values[LR]: job for job in Sweep.read(tmp_path / "runs/sweeps/rates").jobs.values()
-        }
-        return [by_rate[rate] for rate in RATES if rate in by_rate]
-
-    def states():
-        return [job.state for job in jobs()]
-
-    def step_of(number):
-        rows = read_metrics(f"{jobs()[number].directory}/metrics.jsonl") if jobs() else []
-        return rows[-1]["step"] if rows else 0
+    sweep = WatchedSweep(tmp_path / "runs/sweeps/rates", LR, RATES)
+    jobs, states, step_of = sweep.jobs, sweep.states, sweep.step_of
 
     def has_saved(number):
         return Path(jobs()[number].directory, "checkpoints", "last").exists()
