@@ -32,4 +32,4 @@ class WatchedSweep:
         """The last step that a job has logged; 0 before."""
         jobs = self.jobs()
         rows = read_metrics(f"{jobs[number].directory}/metrics.jsonl") if jobs else []
-        return rows[-1]["step"] if rows else 0
+        return int(rows[-1]["step"]) if rows else 0
