@@ -104,13 +104,18 @@ def _open(address: str, port: int, *, is_server: bool, deadline: float, timeout_
                 timeout=timedelta(seconds=left if not is_server else timeout_s),
             )
         except (DistError, RuntimeError, OSError) as error:
-            if time.monotonic() < deadline and not is_server:
+            if is_server:
+                raise ValueError(
+                    f"cluster.port={port} -> rank 0 cannot listen there on {address} "
+                    f"({_first_line(error)}) -> give a port of that machine that is free"
+                ) from error
+            if time.monotonic() < deadline:
                 continue
-            what = "cannot be listened at" if is_server else f"has not answered for {timeout_s:g} s"
             raise ValueError(
                 f"cluster.rendezvous_timeout_s={timeout_s:g} -> {address}:{port}, where rank 0 is "
-                f"to be met, {what} ({_first_line(error)}) -> see whether rank 0 runs, and whether "
-                "that address may be reached from here (cluster.interface, cluster.port, firewall)"
+                f"to be met, has not answered ({_first_line(error)}) -> see whether rank 0 runs, "
+                "and whether that address may be reached from here (cluster.interface, "
+                "cluster.port, firewall)"
             ) from error
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -146,6 +147,15 @@ def test_address_that_does_not_answer_is_named_in_bounded_time(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "9")
     with pytest.raises(ValueError, match=r"rendezvous_timeout_s=1 -> 127.0.0.1:9, .* not answered"):
         rendezvous.connect(1, 2, timeout_s=1.0)
+
+
+def test_port_that_another_service_has_is_named(monkeypatch):
+    with socket.create_server(("", 0)) as service:
+        port = service.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(ValueError, match=rf"cluster.port={port} -> rank 0 cannot listen there"):
+            rendezvous.connect(0, 2, timeout_s=60.0)
 
 
 def test_starts_that_an_agent_repeats_have_a_store_each(monkeypatch):
