@@ -9,14 +9,17 @@ from omegaconf import DictConfig
 from launch.cluster import node_range
 
 
-def refuse_indivisible(config: DictConfig) -> None:
-    """Find a number of nodes in `cluster.nodes=<min>:<max>` among which a batch does not divide.
+def refuse_impossible(config: DictConfig) -> None:
+    """Check values one by one, and that the batch divides among all numbers of nodes there may be.
 
     Raises:
-        ValueError: There is one; better now than when a node leaves.
+        ValueError: A value cannot be, or there is a number in `cluster.nodes=<min>:<max>` among
+            which the batch does not divide; better now than when a node leaves.
     """
     from trainers.batch_plan import plan_run
+    from trainers.limits import check_values
 
+    check_values(config)
     fewest, most = node_range(config)
     devices = int(os.environ.get("LOCAL_WORLD_SIZE") or config.trainer.devices)
     for nodes in range(fewest, most + 1) if fewest < most else ():

@@ -15,7 +15,6 @@ from launch.train import fit
 def main() -> int:
     """Train as one rank; give the exit code."""
     die_with_parent()
-    runtime.stop_by_exception()
     run = RunDirectory(Path(sys.argv[1]))
     end_if_deaf(run, run.config)
 

@@ -78,12 +78,11 @@ def verb(
             stop_by_exception()
             began, ended = time.time(), dict[str, Any]()
 
-            def job(config: DictConfig) -> None:
+            def job(
+                config: DictConfig,
+            ) -> None:  # no error goes through Hydra, which would add lines
                 ended["config"] = config
-                try:
-                    ended["code"] = function(config)
-                except (Exception, StoppedError) as error:  # past Hydra, which would add lines
-                    ended["error"] = error
+                ended["how"] = outcome_of(lambda: function(config) or DONE, config_name)
 
             compose = hydra.main(
                 version_base=None, config_path="pkg://conf", config_name=config_name
@@ -91,13 +90,12 @@ def verb(
             try:
                 with around():
                     compose(job)()
+                code, problem = ended.get("how", (DONE, None))
             except (StoppedError, Exception) as error:
-                ended["error"] = error
-            code, problem = ended.get("code") or DONE, None
-            if "error" in ended:
-                code, problem = _say(ended["error"], config_name)
+                code, problem = _say(error, config_name)
             if "config" in ended:
                 say_end(Ending(ended["config"], began, code, problem))
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # should a library not let it end
             sys.exit(code)
 
         return program
@@ -130,15 +128,24 @@ def stop_by_exception() -> None:
 
 
 def outcome_of(work: Callable[[], int], config_name: str) -> tuple[int, str | None]:
-    """Do the work of a rank that others have started; an error that users can mend is a line.
+    """Do it; an error that users can mend is a line, another its traceback.
+
+    A request to stop is an exception, until the work handles it in its own way. Once that has ended
+    none is heard: all that is left is to say why, and whoever stops the ranks of a run that has
+    failed may do so meanwhile.
 
     Returns:
         Its exit code, and why it did not come to its end.
     """
+    stop_by_exception()
+    code, problem = DONE, None
     try:
-        return work(), None
+        code = work()
     except (Exception, StoppedError) as error:
-        return _say(error, config_name)
+        problem = error
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    return (code, None) if problem is None else _say(problem, config_name)
 
 
 def explain(error: BaseException, config_name: str) -> str | None:

@@ -45,10 +45,10 @@ class Rank:
         """Train, and end the process as `launch.train` does: a run that fails is a failed job."""
         from launch.train import train
 
-        runtime.stop_by_exception()  # in place of submitit's handlers, which know nothing of saving
         config = OmegaConf.create(self.config)
         assert isinstance(config, DictConfig)
         began = time.time()
+        # in place of submitit's handlers of signals, too, which know nothing of saving
         code, problem = runtime.outcome_of(lambda: train(config), "train")
         say_end(runtime.Ending(config, began, code, problem))
         sys.exit(code)

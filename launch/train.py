@@ -5,7 +5,7 @@ from omegaconf import DictConfig
 
 from launch import cluster, deafness, last_line, rank_logs, ranks, runtime, slurm_jobs, submission
 from launch.acceptance import accepted
-from launch.completion import refuse_indivisible
+from launch.completion import refuse_impossible
 from launch.initial_weights import load_initial_weights
 from launch.meeting import meet
 from launch.run_directory import RunDirectory
@@ -21,7 +21,7 @@ def train(config: DictConfig) -> int:
     if is_submission(config):
         return submission.submit(config)
     cluster.adopt(config)
-    refuse_indivisible(config)
+    refuse_impossible(config)
     fewest_nodes, _ = cluster.node_range(config)
     if ranks.are_of_nodes(config):
         return ranks.start_on_node(directory_of(config), config)

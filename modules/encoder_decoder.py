@@ -17,7 +17,7 @@ from datamodules.batch import IGNORED, PairBatch
 from modules.decoding import check_generation, decode, pad_sources
 from modules.encoder_decoder_kinds import choose_network
 from modules.generation import Tokenizer, merge_settings
-from modules.optim import Schedule, build_optimizer, build_schedule
+from modules.optim import Schedule, build_optimizer, build_schedule, check_settings
 from modules.scores import Generated
 from modules.teacher_forcing import TeacherForcing
 
@@ -111,7 +111,7 @@ class EncoderDecoder(LightningModule):
             plan=plan,
             seed=seed,
         )
-        self.optimizer_settings = {k: v for k, v in optimizer.items() if k != "gradient_clip"}
+        self.optimizer_settings = check_settings(optimizer)
         self.schedule = Schedule(plan, **schedule)  # here, so that a wrong one fails early
         self.generation, self.seed = dict(generation), seed
         self.generated = Generated(**scores)

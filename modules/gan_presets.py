@@ -25,12 +25,11 @@ class _Sizes:
     width_factor: float
 
     def __post_init__(self):
-        for name in ("noise_size", "width_factor"):
-            if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"module.network.{name}={getattr(self, name)} -> leaves nothing to compute "
-                    "with -> choose more than 0"
-                )
+        if self.width_factor <= 0:
+            raise ValueError(
+                f"module.network.width_factor={self.width_factor} -> leaves nothing to compute "
+                "with -> choose more than 0"
+            )
 
     def scaled(self, width: int) -> int:
         """Number of channels for a published one."""
@@ -52,11 +51,6 @@ class DCGANShape(_Sizes):
     def __post_init__(self):
         super().__post_init__()
         refuse_unknown(self, _NORMS)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"module.network.dropout={self.dropout} -> no share of what is left to scale up "
-                "-> choose 0 or more, and less than 1"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +77,6 @@ class R3GANShape(_Sizes):
     """
 
     blocks_per_stage: int
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.blocks_per_stage < 1:
-            raise ValueError(
-                f"module.network.blocks_per_stage={self.blocks_per_stage} -> a stage would only "
-                "resample -> choose 1 or more"
-            )
 
 
 GANShape = DCGANShape | SNGANShape | R3GANShape

@@ -17,7 +17,7 @@ from datamodules.batch import IGNORED, TextBatch
 from modules.generation import Tokenizer, generate, merge_settings
 from modules.gpt_networks import GPTNetwork, initial_value
 from modules.gpt_presets import shape_from
-from modules.optim import Schedule, build_optimizer, build_schedule
+from modules.optim import Schedule, build_optimizer, build_schedule, check_settings
 
 
 class GPT(LightningModule):
@@ -69,7 +69,7 @@ class GPT(LightningModule):
             self.network = GPTNetwork(shape, vocab_size=vocab_size, sequence_length=sequence_length)
         # Taken now: a strategy may leave a rank with shards of other shapes.
         self._sizes = {name: p.shape for name, p in self.network.named_parameters()}
-        self.optimizer_settings = {k: v for k, v in optimizer.items() if k != "gradient_clip"}
+        self.optimizer_settings = check_settings(optimizer)
         self.schedule = Schedule(plan, **schedule)  # here, so that a wrong one fails early
         self.bytes_per_token = bytes_per_token
         self.preview_settings = preview

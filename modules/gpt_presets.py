@@ -146,8 +146,9 @@ def shape_from(preset: str, overrides: dict[str, Any]) -> GPTShape:
     Raises:
         ValueError: The preset or a field is unknown, or the shape is impossible.
     """
-    if overrides.get("num_heads") is not None and overrides.get("num_kv_heads") is None:
+    heads = overrides.get("num_heads")
+    if isinstance(heads, int) and overrides.get("num_kv_heads") is None:
         base = choose(PRESETS, preset, {})
         group = base.num_heads // base.num_kv_heads
-        overrides = {**overrides, "num_kv_heads": max(1, overrides["num_heads"] // group)}
+        overrides = {**overrides, "num_kv_heads": max(1, heads // group)}
     return choose(PRESETS, preset, overrides)

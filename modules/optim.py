@@ -14,9 +14,42 @@ from torch.optim.lr_scheduler import LambdaLR
 from modules.adafactor import Adafactor
 from modules.adamw_rms import AdamWRMS
 from modules.muon import MuonAdamW, ParameterRoles
+from modules.presets import is_number
 
 OPTIMIZERS = ("adamw", "muon", "sgd", "adamw_rms", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
+
+
+def check_settings(
+    optimizer: Mapping[str, Any], prefix: str = "module.optimizer"
+) -> dict[str, Any]:
+    """Check the values of `module.optimizer`, long before an optimizer can be built.
+
+    Args:
+        optimizer: Arguments of `build_optimizer`, and `gradient_clip`, which the trainer reads.
+        prefix: Where they are in the configuration.
+
+    Returns:
+        The arguments of `build_optimizer`.
+
+    Raises:
+        ValueError: One that has to be a number is none, or is below 0.
+    """
+    for name, value in optimizer.items():
+        key = f"{prefix}.{name}"
+        if isinstance(value, Mapping):
+            check_settings(value, key)
+        elif name == "betas":
+            is_pair = isinstance(value, Sequence) and len(value) == 2
+            if not is_pair or not all(is_number(beta) and 0 <= beta < 1 for beta in value):
+                raise ValueError(
+                    f"{key}={value} -> it is two numbers from 0 to 1 -> use two such as [0.9, 0.95]"
+                )
+        elif name in ("name", "gradient_clip") or isinstance(value, bool):
+            continue
+        elif not is_number(value) or value < 0:
+            raise ValueError(f"{key}={value} -> it is a number -> use 0 or more")
+    return {name: value for name, value in optimizer.items() if name != "gradient_clip"}
 
 
 def build_optimizer(
@@ -129,9 +162,9 @@ class Schedule:
         final_lr_fraction: f; None under `constant` and `inverse_sqrt`, which have no end to reach.
 
     Raises:
-        ValueError: The name is unknown, a pair has both or neither key set, a key is set that the
-            schedule does not use, warm-up and decay are longer than the run, or `inverse_sqrt` has
-            no warm-up.
+        ValueError: The name is unknown, a number is none, a pair has both or neither key set, a key
+            is set that the schedule does not use, warm-up and decay are longer than the run, or
+            `inverse_sqrt` has no warm-up.
     """
 
     def __init__(
@@ -149,6 +182,18 @@ class Schedule:
             raise ValueError(
                 f"module.schedule.name={name} -> unknown -> choose {_any_of(SCHEDULES)}"
             )
+        numbers = {
+            "warmup_samples": warmup_samples,
+            "warmup_tokens": warmup_tokens,
+            "decay_samples": decay_samples,
+            "decay_tokens": decay_tokens,
+            "final_lr_fraction": final_lr_fraction,
+        }
+        for key, value in numbers.items():
+            if value is not None and not (is_number(value) and value >= 0):
+                raise ValueError(
+                    f"module.schedule.{key}={value} -> it is a number -> use 0 or more"
+                )
         self.name, self.plan = name, plan
         self.warmup = self._samples("warmup", warmup_samples, warmup_tokens)
         self.decay = 0.0

@@ -11,6 +11,7 @@ from typing import Any
 
 import hydra
 import pytest
+import submitit  # noqa: F401 - closes all handlers; those of absl, later, would close our output
 from omegaconf import DictConfig
 
 from launch.run_directory import RunDirectory

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,59 @@ ACTIONS = ("stop", "skip")
 STAGES = (1, 2, 3)
 
 Check = Callable[[Mapping[str, Any]], str | None]
+
+
+@dataclass(frozen=True)
+class Number:
+    """What a number may be; as text, what is said of one that may not.
+
+    Attributes:
+        least: It is this or more; or, of one that need not be whole and at 0, more.
+        is_whole: Whether it is a whole number.
+        null: What null stands for, where it may be given.
+    """
+
+    least: int
+    is_whole: bool = True
+    null: str | None = None
+
+    def allows(self, value: object) -> bool:
+        """Whether it may be this."""
+        if value is None:
+            return self.null is not None
+        kinds = int if self.is_whole else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            return False
+        return value >= self.least if self.is_whole or self.least else value > 0
+
+    def __str__(self) -> str:
+        bound = f"{self.least} or more" if self.is_whole or self.least else "more than 0"
+        what = "a whole number" if self.is_whole else "a number"
+        return f"it is {what} -> use {bound}" + (f", or null for {self.null}" if self.null else "")
+
+
+NUMBERS = {
+    "seed": Number(0),
+    "checkpoints.every_steps": Number(1, null="never"),
+    "checkpoints.every_images": Number(1, null="never"),
+    "checkpoints.every_minutes": Number(0, is_whole=False, null="never"),
+    "checkpoints.keep_last": Number(1),
+    "checkpoints.keep_every_steps": Number(1, null="never"),
+    "checkpoints.keep_every_images": Number(1, null="never"),
+    "checkpoints.max_gib": Number(0, is_whole=False, null="no bound"),
+    "trainer.log_every_steps": Number(1),
+    "trainer.val_every_steps": Number(1),
+    "trainer.val_every_images": Number(1, null="never"),
+    "trainer.pictures_every_images": Number(1, null="never"),
+    "trainer.timeout_s": Number(1, is_whole=False),
+    "trainer.guard.spike.memory_steps": Number(1, is_whole=False),
+    "trainer.guard.max_skips": Number(0),
+    "cluster.rendezvous_timeout_s": Number(0, is_whole=False),
+    "cluster.max_restarts": Number(0),
+    "cluster.port": Number(1, null="one made of the job's number"),
+    "cluster.budget_minutes": Number(0, is_whole=False, null="none"),
+    "cluster.notice_every_s": Number(0, is_whole=False),
+}
 
 
 def check_values(config: Mapping[str, Any]) -> None:
@@ -100,21 +154,16 @@ def _devices(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _counts(config: Mapping[str, Any]) -> str | None:
-    required = {"trainer": ("val_every_steps", "log_every_steps"), "checkpoints": ("keep_last",)}
-    optional = {
-        "checkpoints": ("every_steps", "keep_every_steps", "every_images", "keep_every_images"),
-        "trainer": ("val_every_images", "pictures_every_images"),
-    }
-    for keys, is_optional in ((required, False), (optional, True)):
-        for node, names in keys.items():
-            for name in names:
-                value = config[node].get(name)  # runs of earlier versions lack some
-                if is_optional and value is None:
-                    continue
-                if not isinstance(value, int) or value < 1:
-                    never = " or null for never" if is_optional else ""
-                    return f"{node}.{name}={value} -> it is a whole number -> use 1 or more{never}"
+def _numbers(config: Mapping[str, Any]) -> str | None:
+    for key, number in NUMBERS.items():
+        node, _, name = key.rpartition(".")
+        value: Any = config
+        for part in node.split(".") if node else ():
+            value = value[part]
+        if name not in value:  # runs of earlier versions lack some, and clusters have their own
+            continue
+        if not number.allows(value[name]):
+            return f"{key}={value[name]} -> {number}"
     return None
 
 
@@ -142,32 +191,18 @@ def _clip(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _failures(config: Mapping[str, Any]) -> str | None:
-    options = config["trainer"]
-    guard, spike = options["guard"], options["guard"]["spike"]
-    if spike["factor"] is not None and spike["factor"] <= 1:
-        return (
-            f"trainer.guard.spike.factor={spike['factor']} -> every loss near the mean would be a "
-            f"spike -> use more than 1, or null for not watching"
-        )
-    lowest = {
-        "timeout_s": (options["timeout_s"], 1),
-        "guard.spike.memory_steps": (spike["memory_steps"], 1),
-        "guard.max_skips": (guard["max_skips"], 0),
-    }
-    for key, (value, least) in lowest.items():
-        if not isinstance(value, int | float) or value < least:
-            return f"trainer.{key}={value} -> it is a number -> use {least} or more"
-    return None
+def _spike(config: Mapping[str, Any]) -> str | None:
+    factor = config["trainer"]["guard"]["spike"]["factor"]
+    if factor is None or (isinstance(factor, int | float) and factor > 1):
+        return None
+    return (
+        f"trainer.guard.spike.factor={factor} -> every loss near the mean would be a spike -> use "
+        "more than 1, or null for not watching"
+    )
 
 
-def _stops(config: Mapping[str, Any]) -> str | None:
-    cluster = config["cluster"]
-    for name, never in (("budget_minutes", ", or null for none"), ("notice_every_s", "")):
-        value = cluster.get(name, 1)  # runs of earlier versions lack both
-        if not (isinstance(value, int | float) and value > 0) and not (never and value is None):
-            return f"cluster.{name}={value} -> it is a number -> use more than 0{never}"
-    notice = str(cluster.get("notice") or "aws")
+def _notice(config: Mapping[str, Any]) -> str | None:
+    notice = str(config["cluster"].get("notice") or "aws")  # not in runs of earlier versions
     if notice not in LOOKS and not notice.startswith(("http://", "https://")):
         return (
             f"cluster.notice={notice} -> neither a cloud nor a url -> use one of "
@@ -176,4 +211,4 @@ def _stops(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-CHECKS: tuple[Check, ...] = (_choices, _devices, _counts, _run_name, _clip, _failures, _stops)
+CHECKS: tuple[Check, ...] = (_choices, _devices, _numbers, _run_name, _clip, _spike, _notice)

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from launch import cluster, ranks, runtime
-from launch.completion import refuse_indivisible
+from launch.completion import refuse_impossible
 from launch.run_directory import RunDirectory
 
 SRUN = {
@@ -163,9 +163,9 @@ def test_run_goes_on_without_a_node_that_leaves(environment, monkeypatch, per_no
 
 
 def test_batch_must_divide_among_any_number_of_nodes(config):
-    refuse_indivisible(config("cluster.nodes='1:3'", "experiment=gpt_char_cpu"))
+    refuse_impossible(config("cluster.nodes='1:3'", "experiment=gpt_char_cpu"))
     with pytest.raises(ValueError, match=r"^cluster.nodes=1:5 may become 5: .* 5 ranks -> .* -> "):
-        refuse_indivisible(config("cluster.nodes='1:5'", "experiment=gpt_char_cpu"))
+        refuse_impossible(config("cluster.nodes='1:5'", "experiment=gpt_char_cpu"))
 
 
 def test_rendezvous_of_one_node_is_refused(config, tmp_path):

@@ -41,8 +41,9 @@ def own_callback(tmp_path, monkeypatch):
 
 def last_line(output):
     lines = output.splitlines()
-    assert sum(line.startswith("run small: ") and "running" not in line for line in lines) == 1
-    return next(line for line in reversed(lines) if line.startswith("run small: "))
+    said = [line for line in lines if line.startswith("run small: ") and "running" not in line]
+    assert len(said) == 1, output
+    return said[0]
 
 
 def test_last_line_says_why_the_command_has_ended(small_run, command):
@@ -102,6 +103,31 @@ def test_command_that_submits_a_job_does_not_say_that_its_run_is_done(compose, t
     assert capsys.readouterr().out == ""
     last_line_module.say_end(runtime.Ending(config, 0.0, runtime.FAILED, "no such partition"))
     assert capsys.readouterr().out == "run small: failed: no such partition\n"
+
+
+def test_signal_while_it_says_why_it_failed_changes_nothing():
+    program = """
+import os, signal
+from launch import runtime
+
+class Failure(Exception):
+    def __str__(self):  # asked for when the traceback is printed
+        for number in runtime.STOP_SIGNALS:
+            os.kill(os.getpid(), number)
+        return "had enough"
+
+def fail(config):
+    raise Failure
+
+def say_end(ending):
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("it says:", ending.code, ending.problem)
+
+runtime.verb("train", say_end)(fail)()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "it says: 1 Failure: had enough\n", done.stderr
+    assert done.returncode == runtime.FAILED
 
 
 def test_rank_of_torchrun_prints_to_a_file_and_rank_0_says_why_it_failed(

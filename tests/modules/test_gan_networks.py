@@ -238,10 +238,10 @@ def test_labels_matter_and_are_asked_for(preset):
         ("dcgan", 28, {"blocks_per_stage": 1}, "module.network.blocks_per_stage -> no such key"),
         ("dcgan", 28, {"norm": "layer"}, "module.network.norm=layer -> unknown"),
         ("sngan", 32, {"norm": "layer"}, "module.network.norm=layer -> unknown"),
-        ("dcgan", 28, {"dropout": 1.0}, "module.network.dropout=1.0 -> no share"),
+        ("dcgan", 28, {"dropout": 1.0}, "dropout=1.0 -> it is a probability"),
         ("sngan", 32, {"width_factor": 0.0}, "module.network.width_factor=0.0 -> leaves nothing"),
-        ("r3gan", 8, {"noise_size": 0}, "module.network.noise_size=0 -> leaves nothing"),
-        ("r3gan", 8, {"blocks_per_stage": 0}, "module.network.blocks_per_stage=0 -> a stage"),
+        ("r3gan", 8, {"noise_size": 0}, "noise_size=0 -> it is a whole number"),
+        ("r3gan", 8, {"blocks_per_stage": 0}, "blocks_per_stage=0 -> it is a whole number"),
     ],
 )
 def test_impossible_network_is_refused_by_its_key(preset, resolution, overrides, message):

@@ -28,6 +28,13 @@ def test_presets_have_the_published_sizes():
         ("llama_tiny", {"num_kv_heads": 3}, "module.network.num_kv_heads=3"),
         ("llama_tiny", {"width": 12}, "width/num_heads=3 is odd"),
         ("llama_tiny", {"norm": "batch"}, "module.network.norm=batch -> unknown"),
+        ("llama_tiny", {"num_layers": "two"}, "num_layers=two -> it is a whole number"),
+        ("llama_tiny", {"num_heads": 0}, "num_heads=0 -> it is a whole number"),
+        ("llama_tiny", {"num_heads": "two"}, "num_heads=two -> it is a whole number"),
+        ("llama_tiny", {"num_layers": True}, "num_layers=True -> it is a whole number"),
+        ("llama_tiny", {"mlp_ratio": "4x"}, "mlp_ratio=4x -> it is a number"),
+        ("llama_tiny", {"bias": 1}, "bias=1 -> it is a switch"),
+        ("llama_tiny", {"dropout": 1.5}, "dropout=1.5 -> it is a probability"),
     ],
 )
 def test_impossible_shape_is_refused_by_its_key(preset, overrides, message):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modules.muon import MuonAdamW
-from modules.optim import Schedule, build_optimizer, build_schedule
+from modules.optim import Schedule, build_optimizer, build_schedule, check_settings
 
 SETTINGS: dict[str, Any] = dict(
     name="adamw",
@@ -54,6 +54,28 @@ def test_fused_adamw_equals_plain_adamw_with_decay_on_matrices_only(make_roles, 
 def test_unknown_optimizer_is_refused(make_roles):
     with pytest.raises(ValueError, match=r"module\.optimizer\.name=adam .*adamw_rms or adafactor"):
         build(make_roles(), name="adam")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"lr": "oops"}, "lr=oops"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"adamw": {"betas": 0.9, "eps": 1e-8}}, "adamw.betas=0.9"),
+        ({"adamw": {"betas": [0.9, 1.5], "eps": 1e-8}}, "adamw.betas=[0.9, 1.5]"),
+        ({"adamw": {"betas": [0.9, 0.95], "eps": None}}, "adamw.eps=None"),
+    ],
+)
+def test_setting_that_is_no_number_is_named(wrong, named):
+    assert check_settings(SETTINGS | {"gradient_clip": None}) == SETTINGS
+    with pytest.raises(ValueError, match=re.escape(f"module.optimizer.{named} -> it is ")):
+        check_settings(SETTINGS | wrong)
+
+
+@pytest.mark.parametrize("key", ["warmup_samples", "final_lr_fraction"])
+def test_schedule_of_no_number_is_named(key):
+    with pytest.raises(ValueError, match=rf"module\.schedule\.{key}=soon -> it is a number"):
+        Schedule(PLAN, **(SCHEDULE | {key: "soon"}))
 
 
 def test_schedule_scales_every_group_alike(make_roles):

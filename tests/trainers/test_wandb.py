@@ -11,12 +11,20 @@ from tests.cluster.wandb_files import history_steps
 from trainers.callbacks.wandb import WandbLogger
 from trainers.metrics import JsonLines
 
+OPTIONS = {"project": "tests", "entity": None, "group": None, "tags": [], "mode": None}
+
+
+def test_credentials_of_object_stores_are_not_uploaded(tmp_path):
+    corpus = {"path": "s3://bucket/text", "storage_options": {"key": "AKIA", "secret": "hush"}}
+    logger = WandbLogger(tmp_path, run_config={"corpus": corpus, "seed": 1}, **OPTIONS)
+    assert logger.run_config["corpus"]["path"] == "s3://bucket/text"
+    assert "hush" not in str(logger.run_config)
+
 
 def test_logger_goes_on_with_another_client_when_its_own_is_killed(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()  # of another test's client, which would be used here
-    options = {"project": "tests", "entity": None, "group": None, "tags": [], "mode": None}
-    logger = WandbLogger(tmp_path, run_config={}, **options)
+    logger = WandbLogger(tmp_path, run_config={}, **OPTIONS)
     lines = JsonLines(tmp_path / "metrics.jsonl", resume_step=0)
     step = 0
     lines.stamp = logger.stamp = lambda: {"step": step, "samples": 8 * step}

@@ -13,6 +13,7 @@ import wandb
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from trainers.callbacks.preemption import PreemptedError
+from trainers.checkpoint_parts import without_credentials
 from trainers.durable_files import write_atomically
 from trainers.metrics import StampedLogger, read_metrics
 
@@ -48,7 +49,11 @@ class WandbLogger(StampedLogger):
         """Take what `wandb.init` needs; `mode` None: as WANDB_MODE, or by the key."""
         super().__init__()
         self.directory = Path(directory)
-        self.run_config, self.project, self.entity = dict(run_config), project, entity
+        self.run_config, self.project, self.entity = (
+            without_credentials(run_config),
+            project,
+            entity,
+        )
         self.group, self.tags = group, tags
         default = "online" if _has_api_key() else "offline"
         self.mode = mode or os.environ.get("WANDB_MODE") or default
