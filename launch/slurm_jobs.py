@@ -208,6 +208,15 @@ def requeue() -> None:
     print(f"note: cluster.requeue=true -> {message}", file=sys.stderr, flush=True)
 
 
+def cancel(*arguments: str) -> None:
+    """Let `scancel` end jobs; it prints what it has to say, of one that has just ended say."""
+    try:
+        subprocess.run(["scancel", *arguments], check=False, timeout=ANSWER_S)
+    except subprocess.TimeoutExpired:
+        late = f"scancel {' '.join(arguments)}: no answer for {ANSWER_S} s"
+        print(f"note: {late} -> give that command once more", file=sys.stderr, flush=True)
+
+
 def partitions() -> list[str]:
     """Names of the partitions there are."""
     return sorted(set(_run("sinfo", "--noheader", "--format=%R").stdout.split()))

@@ -5,7 +5,6 @@ says when.
 """
 
 import json
-import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -109,9 +108,9 @@ def _cancel(jobs: list[Job], queue: dict[str, str], *, gently: bool) -> None:
     numbers = [str(job.slurm_job) for job in jobs]
     running = [number for number in numbers if queue.get(number) == "RUNNING"]
     if others := [number for number in numbers if number not in running]:
-        subprocess.run(["scancel", *others], check=False)
+        slurm_jobs.cancel(*others)
     if running:
-        subprocess.run(["scancel", *(["--signal=TERM"] if gently else []), *running], check=False)
+        slurm_jobs.cancel(*(["--signal=TERM"] if gently else []), *running)
 
 
 def _has_ended(sweep: Sweep, job: Job, queue: dict[str, str]) -> bool:
