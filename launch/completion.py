@@ -12,6 +12,8 @@ from launch.cluster import node_range
 def refuse_impossible(config: DictConfig) -> None:
     """Check values one by one, and that the batch divides among all numbers of nodes there may be.
 
+    What this machine has is checked once the ranks have met, where it does not concern one alone.
+
     Raises:
         ValueError: A value cannot be, or there is a number in `cluster.nodes=<min>:<max>` among
             which the batch does not divide; better now than when a node leaves.

@@ -1,6 +1,7 @@
 """The last line of a command that trains: `run <name>: <done|preempted|failed>: <reason>`."""
 
 import os
+import sys
 
 from launch.cluster import is_first
 from launch.run_directory import RunDirectory
@@ -19,8 +20,9 @@ def say_end(ending: Ending) -> None:
     state, reason = STATES[ending.code], ending.problem or ""
     status = run.status
     is_of_now = status.get("time", 0.0) >= ending.began
-    # Where this command was refused, its status is that of the run before.
-    if status.get("state") in STATES.values() and (ending.problem is None or is_of_now):
+    # Where this command was refused or stopped early, its status is that of the run before.
+    is_its_own = is_of_now or (ending.problem is None and status.get("state") == state)
+    if status.get("state") in STATES.values() and is_its_own:
         state, reason = status["state"], status["reason"]
     say(run, state, reason)
 
@@ -28,4 +30,7 @@ def say_end(ending: Ending) -> None:
 def say(run: RunDirectory, state: str, reason: str) -> None:
     """Print the line, in the process that was started as the command, of several as rank 0."""
     if is_first() and LAUNCHED_AT not in os.environ:
-        print(f"run {run.path.name}: {state}: {' '.join(reason.split())}", flush=True)
+        try:
+            print(f"run {run.path.name}: {state}: {' '.join(reason.split())}", flush=True)
+        except OSError:  # whoever read it is gone, by the same Ctrl-C say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,9 +16,9 @@ def main() -> int:
     """Train as one rank; give the exit code."""
     die_with_parent()
     run = RunDirectory(Path(sys.argv[1]))
-    end_if_deaf(run, run.config)
 
     def work() -> int:
+        end_if_deaf(run, run.config)
         with run.noting_failed_start():
             check_datamodule(run.config)
             return code_for_starter(fit(run, run.config))

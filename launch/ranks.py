@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from omegaconf import DictConfig
 from launch.cluster import is_rank, node_range
 from launch.meeting import wait_until
 from launch.run_directory import RunDirectory
-from launch.runtime import DONE, FAILED, LAUNCHED_AT, PREEMPTED, launched_at
+from launch.runtime import DONE, FAILED, LAUNCHED_AT, PREEMPTED, hear_no_stops, launched_at
 
 KILLED_BY = {
     "SIGKILL": ": somebody killed it, or the machine was out of memory, which is the usual reason "
@@ -25,6 +26,9 @@ KILLED_BY = {
 
 CODES = {"done": DONE, "preempted": PREEMPTED, "failed": FAILED}
 """Of the states in which a run has ended."""
+
+AGENT_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+"""What ends an agent, which passes it on to its ranks."""
 
 LATE_S = 30.0
 """In which a rank 0 on another node has said how the run has ended."""
@@ -125,13 +129,14 @@ def _run_agent(
         agent = LaunchConfig(
             run_id=run.path.name,
             rdzv_backend="c10d",
-            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+            signals_to_handle=",".join(AGENT_SIGNALS),
             **options,
         )
-        elastic_launch(agent, sys.executable)(*command)
+        with _agent_signals():
+            elastic_launch(agent, sys.executable)(*command)
     except SignalException as error:
         owns_run = command[2] == "launch.rank"
-        return _code_after_signal(run, signal.Signals(error.sigval).name, owns_run)
+        return _code_after_signal(run, status, signal.Signals(error.sigval).name, owns_run)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return _code_after_failure(run, status, rank, failure.exitcode)
@@ -139,6 +144,28 @@ def _run_agent(
         os.environ.clear()
         os.environ.update(before)
     return PREEMPTED if run.status.get("state") == "preempted" else DONE
+
+
+@contextmanager
+def _agent_signals() -> Iterator[None]:
+    """Let signals end the agent in its own way from the first moment; what it leaves is put back.
+
+    It takes them when it has ranks. Before, another exception would close the rendezvous for all
+    nodes.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    def stop(number: int, frame: object) -> None:
+        raise SignalException(f"stopped by signal {number}", signal.Signals(number))
+
+    numbers = [signal.Signals[name] for name in AGENT_SIGNALS]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        hear_no_stops()  # all that is left is to find out how it has ended
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _rank_environment(num_ranks: int) -> dict[str, str]:
@@ -206,19 +233,24 @@ def _code_after_others(run: RunDirectory) -> int:
     return CODES.get(state or "", FAILED)
 
 
-def _code_after_signal(run: RunDirectory, name: str, owns_run: bool) -> int:
+def _code_after_signal(run: RunDirectory, before: dict[str, Any], name: str, owns_run: bool) -> int:
     """The agent has passed a signal on and lost the ranks' codes; the run's status tells.
 
     Args:
         run: The run.
+        before: Its status when the agent was started.
         name: Of the signal.
         owns_run: Whether all ranks are this process's. Else rank 0 may be another node's, which
             says a while later how the run has ended, or goes on without this node.
     """
     if not owns_run:
+
+        def has_ended() -> bool:
+            return run.status != before and run.status.get("state") in CODES
+
         with suppress(ValueError):
-            wait_until(lambda: run.status.get("state") in CODES, "the end of the run", LATE_S)
-        return CODES.get(run.status.get("state", ""), PREEMPTED)
+            wait_until(has_ended, "the end of the run", LATE_S)
+        return CODES[run.status["state"]] if has_ended() else PREEMPTED
     state = run.status.get("state")
     if state == "starting":
         run.write_status("preempted", f"{name} before the first step")

@@ -22,6 +22,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from launch.resume_rules import check_resume, drops_optimizer, refuse_changes
+from trainers.durable_files import write_atomically
 
 TOKENIZERS = ("tokenizer.json", "target_tokenizer.json")
 """Of what a model reads, and of what it writes where that is another."""
@@ -64,8 +65,8 @@ class RunDirectory:
 
     def write_status(self, state: str, reason: str = "", **facts: Any) -> None:
         """Say what the run is doing, or how and why it ended."""
-        status = {"state": state, "reason": reason, "time": time.time(), "pid": os.getpid()}
-        _replace(self.path / "status.json", json.dumps(status | facts, indent=1) + "\n")
+        facts = {"state": state, "reason": reason, "time": time.time(), "pid": os.getpid()} | facts
+        _replace(self.path / "status.json", json.dumps(facts, indent=1) + "\n")
 
     def write_failure(self, reason: str, step: int) -> None:
         """Say why the run failed, by who knows the cause; what ranks run into after it is none."""
@@ -85,12 +86,12 @@ class RunDirectory:
                 self.write_status("preempted", f"{error} before the first step")
             raise
         except Exception as error:
-            status, reason = self.status, str(error.__cause__ or error)
-            state = status.get("state")
+            reason = str(error.__cause__ or error) or type(error).__name__
+            state, before, step = (self.status.get(name) for name in ("state", "reason", "step"))
             if rank != "0" and state in ("starting", "running"):
-                self.write_failure(f"rank {rank} on {gethostname()} failed: {reason}", 0)
-            if rank == "0" and (state == "starting" or status.get("reason", "").endswith(reason)):
-                self.write_failure(reason, 0)
+                self.write_failure(f"rank {rank} on {gethostname()} failed: {reason}", step or 0)
+            if rank == "0" and (state == "starting" or (before or "").endswith(reason)):
+                self.write_failure(reason, step or 0)
             raise
 
     @contextmanager
@@ -111,9 +112,11 @@ class RunDirectory:
         try:
             yield write
         except BaseException as error:
-            state = "preempted" if isinstance(error, StoppedError) else "failed"
-            if not self.status.get("is_cause"):
-                write(state, f"{type(error).__name__}: {error}")
+            if trainer.is_global_zero and not self.status.get("is_cause"):
+                if isinstance(error, StoppedError):  # training handles requests to stop by itself
+                    self.write_status("preempted", f"{error} before the first step")
+                else:
+                    write("failed", f"{type(error).__name__}: {error}")
             raise
 
     def _describe_start(self, drops_optimizer: bool) -> str:
@@ -223,8 +226,6 @@ class RunDirectory:
         Raises:
             ValueError: It is not one of this run's, or its bytes are not what was saved.
         """
-        from trainers.durable_files import write_atomically
-
         if self._is_there_already(which):
             if which != "last":
                 mark = self.checkpoints / "went_back"
@@ -241,8 +242,8 @@ class RunDirectory:
         if _read_json(self.checkpoints / "best").get("checkpoint", "") > path.name:
             (self.checkpoints / "best").unlink()
         self.set_aside_after(path.name)
-        write_atomically(self.checkpoints / "went_back", json.dumps({"to": which}) + "\n")
         self.write_status("starting", f"went back to {path.name}")
+        write_atomically(self.checkpoints / "went_back", json.dumps({"to": which}) + "\n")
 
     def set_aside_after(self, name: str) -> None:
         """Move checkpoints of later steps than `name` to `checkpoints/abandoned`."""
@@ -294,6 +295,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _replace(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")  # of one of several ranks
-    scratch.write_text(text)
-    scratch.replace(path)
+    write_atomically(path, text, writer=f".{gethostname()}-{os.getpid()}")  # one of several ranks

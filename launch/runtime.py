@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import hydra
@@ -36,6 +37,7 @@ _TOGETHER = (
     "parts that go together: module=gpt with datamodule=text, module=encoder_decoder with "
     "datamodule=pairs or denoising, module=gan with datamodule=images"
 )
+_stops = SimpleNamespace(are_heard=True)  # no lock: a handler may come between
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -78,10 +80,8 @@ def verb(
             stop_by_exception()
             began, ended = time.time(), dict[str, Any]()
 
-            def job(
-                config: DictConfig,
-            ) -> None:  # no error goes through Hydra, which would add lines
-                ended["config"] = config
+            def job(config: DictConfig) -> None:
+                ended["config"] = config  # and no error goes through Hydra, which would add lines
                 ended["how"] = outcome_of(lambda: function(config) or DONE, config_name)
 
             compose = hydra.main(
@@ -118,21 +118,34 @@ def _say(error: BaseException, config_name: str) -> tuple[int, str]:
 
 
 def stop_by_exception() -> None:
-    """Until training handles signals itself, let them end the program in order."""
-
-    def stop(number: int, frame: object) -> None:
-        raise StoppedError(signal.Signals(number).name)
-
+    """Until training handles signals itself, let the first end the program in order."""
+    _stops.are_heard = True
     for number in STOP_SIGNALS:
-        signal.signal(number, stop)
+        signal.signal(number, _stop)
+
+
+def hear_no_stops() -> None:
+    """From now on a request to stop asks for nothing that is not under way; but for Ctrl-C."""
+    _stops.are_heard = False
+
+
+def has_been_stopped() -> bool:
+    """Whether no request to stop is heard any more: one was, or the end has come anyway."""
+    return not _stops.are_heard
+
+
+def _stop(number: int, frame: object) -> None:
+    if _stops.are_heard or number == signal.SIGINT:
+        _stops.are_heard = False
+        raise StoppedError(signal.Signals(number).name)
 
 
 def outcome_of(work: Callable[[], int], config_name: str) -> tuple[int, str | None]:
     """Do it; an error that users can mend is a line, another its traceback.
 
-    A request to stop is an exception, until the work handles it in its own way. Once that has ended
-    none is heard: all that is left is to say why, and whoever stops the ranks of a run that has
-    failed may do so meanwhile.
+    The first request to stop is an exception, until the work handles it in its own way. Once that
+    has ended none is heard: all that is left is to say why, and whoever stops the ranks of a run
+    that has failed may do so meanwhile.
 
     Returns:
         Its exit code, and why it did not come to its end.

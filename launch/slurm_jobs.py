@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from launch.cluster import is_first
 from launch.run_directory import RunDirectory, StoppedError
 from launch.runtime import launched_at
+from trainers.durable_files import write_atomically
 
 ENDS = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
@@ -167,7 +168,7 @@ def requeue_idle(run: RunDirectory, signal_name: str, config: DictConfig) -> Non
         print(f"note: cluster.requeue=true -> {message}", file=sys.stderr, flush=True)
         return
     if run.path.exists():
-        counter.write_text(f"{count}\n")
+        write_atomically(counter, f"{count}\n")
     _requeue_if(signal_name in AHEAD_OF_LIMIT, config)
 
 

@@ -24,6 +24,7 @@ from launch.run_directory import RunDirectory, StoppedError
 from launch.run_home import directory_of
 from launch.signals import holding_signals, noticing_signals
 from launch.summary import print_summary
+from trainers.durable_files import write_atomically
 
 REFUSALS = (
     ("partition", "Invalid partition", "use one of {partitions}"),
@@ -209,7 +210,7 @@ def _refuse_second_job(run: RunDirectory) -> None:
 
 def _note_job(run: RunDirectory, job: Any, name: str) -> None:
     noted = {"job": job.job_id, "name": name, "log": str(job.paths.stdout)}
-    (run.path / "job.json").write_text(json.dumps(noted) + "\n")
+    write_atomically(run.path / "job.json", json.dumps(noted) + "\n")
 
 
 def _submit(executor: Any, ranks: list[Rank], config: DictConfig) -> list[Any]:

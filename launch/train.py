@@ -71,6 +71,7 @@ def fit(run: RunDirectory, config: DictConfig) -> int:
         profiler=instantiate(config.trainer.profiler, _convert_="all"),
         report=run.write_failure,
         last_words=lambda reason: last_line.say(run, "failed", reason),
+        ending=runtime.hear_no_stops,
         launched_at=runtime.launched_at(),
         on_commit=home.on_commit,
     )

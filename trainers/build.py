@@ -49,6 +49,7 @@ def build_trainer(
     profiler: Profiler | None,
     report: Report = lambda reason, step: None,
     last_words: Callable[[str], None] = lambda reason: None,
+    ending: Callable[[], None] = lambda: None,
     drops_optimizer: bool = False,
     on_commit: Callable[[Path], None] | None = None,
     launched_at: float | None = None,
@@ -70,6 +71,8 @@ def build_trainer(
         profiler: A Lightning profiler, or None.
         report: Is told why the run fails, by the rank that knows it.
         last_words: Is told why where the process then ends at once.
+        ending: Is called when training ends, one way or another: a request to stop asks for nothing
+            more from then on.
         drops_optimizer: Whether to continue without the optimizer state of the checkpoint.
         on_commit: Is called on rank 0 with each new checkpoint, in a thread.
         launched_at: Time of the clock from which on the budget counts; None for now.
@@ -138,7 +141,12 @@ def build_trainer(
             ),
             checkpointing,
             ProgressBar(metrics, monitor=saves["monitor"]),
-            _preemption(config["cluster"], checkpointing, vote, launched_at or time.time()),
+            Preemption(
+                checkpointing,
+                vote,
+                **_other_reasons(config["cluster"], launched_at or time.time()),
+                ending=ending,
+            ),
         ],
         default_root_dir=directory,
         enable_checkpointing=False,
@@ -150,17 +158,14 @@ def build_trainer(
     return trainer
 
 
-def _preemption(
-    cluster: Mapping[str, Any], checkpointing: Checkpointing, vote: StepVote, launched_at: float
-) -> Preemption:
+def _other_reasons(cluster: Mapping[str, Any], launched_at: float) -> dict[str, Any]:
+    """What ends a run besides signals, as arguments of `Preemption`."""
     # Runs of earlier versions lack these keys.
     minutes, notice = cluster.get("budget_minutes"), cluster.get("notice")
-    return Preemption(
-        checkpointing,
-        vote,
-        ends_at=None if minutes is None else launched_at + 60 * minutes,
-        notices=SpotNotices(notice, every_s=cluster["notice_every_s"]) if notice else None,
-    )
+    return {
+        "ends_at": None if minutes is None else launched_at + 60 * minutes,
+        "notices": SpotNotices(notice, every_s=cluster["notice_every_s"]) if notice else None,
+    }
 
 
 def resolve_accelerator(accelerator: str) -> str:

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from trainers.batch_plan import IMAGES_KEY
-from trainers.limits import check_values
+from trainers.limits import check_machine, check_values
 from trainers.rules import RULES, Facts, Launch, is_submission, rule
 from trainers.strategies.deepspeed_settings import DECIDED_ELSEWHERE, KNOWN, UNUSABLE
 
@@ -45,6 +45,7 @@ def check(config: Mapping[str, Any], world_size: int, module: Any = None) -> lis
         ValueError: The first value or combination that cannot be.
     """
     check_values(config)
+    check_machine(config)
     launch, notes = Launch(config, world_size, module), []
     for each in RULES:
         if (facts := each.find(launch)) is None:

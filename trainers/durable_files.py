@@ -14,9 +14,15 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file so that a reader or a crash sees the old or the new, whole."""
-    scratch = path.with_name(f".{path.name}.partial")
+def write_atomically(path: Path, text: str, writer: str = "") -> None:
+    """Replace a small text file so that a reader or a crash sees the old or the new, whole.
+
+    Args:
+        path: The file.
+        text: What it says from then on.
+        writer: Its name, where several processes may write the file at a time.
+    """
+    scratch = path.with_name(f".{path.name}{writer}.partial")
     write_synced(scratch, text.encode())
     scratch.replace(path)
     sync_directory(path.parent)

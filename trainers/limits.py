@@ -84,6 +84,27 @@ def check_values(config: Mapping[str, Any]) -> None:
     refuse_unknown_mode(config["activation_checkpointing"])
 
 
+def check_machine(config: Mapping[str, Any]) -> None:
+    """Check that this machine has the devices, unless the run will be on others.
+
+    Raises:
+        ValueError: It has not.
+    """
+    accelerator, devices = config["trainer"]["accelerator"], config["trainer"]["devices"]
+    if is_submission(config):
+        return
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "trainer.accelerator=cuda -> torch sees no CUDA device on this machine -> "
+            "use trainer.accelerator=auto, or look at `nvidia-smi` and the installed torch"
+        )
+    if uses_cuda(config) and devices > torch.cuda.device_count():
+        raise ValueError(
+            f"trainer.devices={devices} -> this machine has {torch.cuda.device_count()} CUDA "
+            f"device(s) -> lower it, or use trainer.accelerator=cpu"
+        )
+
+
 def refuse_unknown_mode(mode: str) -> None:
     """Check `activation_checkpointing=`.
 
@@ -136,21 +157,9 @@ def _choices(config: Mapping[str, Any]) -> str | None:
 
 
 def _devices(config: Mapping[str, Any]) -> str | None:
-    accelerator, devices = config["trainer"]["accelerator"], config["trainer"]["devices"]
+    devices = config["trainer"]["devices"]
     if not isinstance(devices, int) or devices < 1:
         return f"trainer.devices={devices} -> a number of devices per node -> use 1 or more"
-    if is_submission(config):
-        return None  # what this machine has does not matter
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        return (
-            "trainer.accelerator=cuda -> torch sees no CUDA device on this machine -> "
-            "use trainer.accelerator=auto, or look at `nvidia-smi` and the installed torch"
-        )
-    if uses_cuda(config) and devices > torch.cuda.device_count():
-        return (
-            f"trainer.devices={devices} -> this machine has {torch.cuda.device_count()} CUDA "
-            f"device(s) -> lower it, or use trainer.accelerator=cpu"
-        )
     return None
 
 

@@ -1,15 +1,26 @@
 """Runs in processes of their own, to be killed or signalled."""
 
 import os
+import signal
 import subprocess
 import time
 
 import pytest
 
-from launch import object_store
+from launch import object_store, runtime
 from tests.launch.failing_store import FailingStore
 from tests.launch.slurm_stand_in import SlurmStandIn
 from trainers.metrics import read_metrics
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    """Give back the signals that verbs, ranks and torch's agent take in this process."""
+    numbers = [signal.SIGHUP, signal.SIGQUIT, *runtime.STOP_SIGNALS]
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -13,6 +13,15 @@ from pathlib import Path
 given: dict[str, str] = dict(each.split("=", 1) for each in sys.argv[1:])
 run = Path(given["runs_dir"], given["run.name"])
 run.mkdir(parents=True, exist_ok=True)
+
+
+def stop(number, frame):
+    (run / "stopped").write_text(signal.Signals(number).name)
+    sys.exit(75)
+
+
+# Before there is the file that tests wait for, for what they do then.
+signal.signal(signal.SIGTERM, signal.SIG_IGN if given.get("deaf") else stop)
 with (run / "starts.jsonl").open("a") as file:
     row = {
         "pid": os.getpid(),
@@ -21,14 +30,6 @@ with (run / "starts.jsonl").open("a") as file:
         "given": given,
     }
     file.write(json.dumps(row) + "\n")
-
-
-def stop(number, frame):
-    (run / "stopped").write_text(signal.Signals(number).name)
-    sys.exit(75)
-
-
-signal.signal(signal.SIGTERM, signal.SIG_IGN if given.get("deaf") else stop)
 if awaited := given.get("wait"):
     while not Path(awaited).exists():
         time.sleep(0.02)

@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from launch import last_line as last_line_module
 from launch import runtime
-from launch.run_directory import RunDirectory
+from launch.run_directory import RunDirectory, StoppedError
 
 OWN = """
 import os, sys, time
@@ -128,6 +129,51 @@ runtime.verb("train", say_end)(fail)()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "it says: 1 Failure: had enough\n", done.stderr
     assert done.returncode == runtime.FAILED
+
+
+def test_first_request_to_stop_counts_and_none_after_the_end():
+    runtime.stop_by_exception()
+    with pytest.raises(StoppedError, match="SIGUSR1"):
+        signal.raise_signal(signal.SIGUSR1)
+    signal.raise_signal(signal.SIGTERM)  # it is stopping
+    with pytest.raises(StoppedError, match="SIGINT"):  # whoever presses Ctrl-C again means it
+        signal.raise_signal(signal.SIGINT)
+    runtime.stop_by_exception()
+    runtime.hear_no_stops()
+    signal.raise_signal(signal.SIGTERM)
+    assert runtime.has_been_stopped()
+
+
+def test_last_line_has_nobody_to_read_it(tmp_path):
+    program = f"""
+from pathlib import Path
+from launch import last_line
+from launch.run_directory import RunDirectory
+last_line.say(RunDirectory(Path({str(tmp_path)!r})), "preempted", "SIGINT")
+raise SystemExit(75)
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (runtime.PREEMPTED, b"")
+
+
+def test_why_a_start_failed_is_written_at_its_step(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write_status("starting")
+    with pytest.raises(NotImplementedError), run.noting_failed_start():
+        raise NotImplementedError
+    assert run.status["reason"] == "NotImplementedError"
+    trainer = SimpleNamespace(global_step=500, is_global_zero=True, max_steps=1000)
+    trainer.strategy = SimpleNamespace(checkpoint_io=SimpleNamespace(drops_optimizer=False))
+    with pytest.raises(KeyError), run.noting_failed_start(), run.status_of(trainer):
+        raise KeyError("lost")
+    assert (run.status["step"], run.status["reason"]) == (500, "'lost'")
+    with pytest.raises(StoppedError), run.noting_failed_start(), run.status_of(trainer):
+        raise StoppedError("SIGUSR1")
+    assert run.status["reason"] == "SIGUSR1 before the first step"
+    assert "step" not in run.status  # by which a job knows that it was idle
 
 
 def test_rank_of_torchrun_prints_to_a_file_and_rank_0_says_why_it_failed(

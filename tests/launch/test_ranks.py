@@ -2,12 +2,14 @@
 
 import contextlib
 import gc
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hydra.errors import InstantiationException
+from torch.distributed.elastic.multiprocessing import SignalException
 
 import launch.train
 from launch import ranks, runtime
@@ -139,21 +141,33 @@ def test_failing_rank_ends_the_run_and_says_why(small_run, train, capfd):
     assert "error: trainer.guard.nonfinite=stop -> the loss on ranks " in capfd.readouterr().err
 
 
+def test_signal_before_there_are_ranks_is_the_agents():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SignalException) as stopped, ranks._agent_signals():
+        signal.raise_signal(signal.SIGTERM)  # on another exception it would close the rendezvous
+    assert stopped.value.sigval == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.mark.parametrize(
-    ("state", "owns_run", "code", "left"),
+    ("before", "state", "owns_run", "code", "left"),
     [
-        ("starting", True, runtime.PREEMPTED, "preempted"),
-        ("running", True, runtime.FAILED, "failed"),
-        ("done", True, runtime.DONE, "done"),
-        ("running", False, runtime.PREEMPTED, "running"),  # other nodes go on
-        ("failed", False, runtime.FAILED, "failed"),
+        ("done", "starting", True, runtime.PREEMPTED, "preempted"),
+        ("done", "running", True, runtime.FAILED, "failed"),
+        ("running", "done", True, runtime.DONE, "done"),
+        ("running", "running", False, runtime.PREEMPTED, "running"),  # other nodes go on
+        ("running", "failed", False, runtime.FAILED, "failed"),
+        ("done", None, False, runtime.PREEMPTED, "done"),  # of an earlier launch
     ],
 )
 def test_signal_to_a_command_is_told_of_its_own_run_only(
-    tmp_path, monkeypatch, state, owns_run, code, left
+    tmp_path, monkeypatch, before, state, owns_run, code, left
 ):
     monkeypatch.setattr(ranks, "LATE_S", 0.0)
     run = RunDirectory(tmp_path)
-    run.write_status(state, "as it was")
-    assert ranks._code_after_signal(run, "SIGTERM", owns_run) == code
+    run.write_status(before, "as it was")
+    status = run.status
+    if state is not None:
+        run.write_status(state, "as it is")
+    assert ranks._code_after_signal(run, status, "SIGTERM", owns_run) == code
     assert run.status["state"] == left

@@ -1,9 +1,9 @@
 """What asks a run to stop: signals to all its processes, its budget, a notice of the cloud."""
 
-import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -113,12 +113,13 @@ def test_signals_to_all_processes_leave_workers_to_the_step(
     # Ahead of the limit, and then of `scontrol requeue`: to each process of the job.
     for number in (signal.SIGUSR2, signal.SIGCONT, signal.SIGTERM):
         for each in (*children, process):
-            os.kill(each.pid, number)
+            with suppress(psutil.NoSuchProcess):  # by then
+                each.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == runtime.PREEMPTED, output
     assert output.splitlines()[-1].startswith("run small: preempted: SIGUSR2; the same command")
     assert read_last(run.checkpoints) == f"step-{run.status['step']:08d}"
-    assert not any(child.is_running() for child in children)
+    assert not psutil.wait_procs(children, timeout=30)[1]
     # Meanwhile the rank that the others wait for was named, once.
     assert output.count("note: rank 1 is the slowest") == 1
     row = next(row for row in read_metrics(run.path / "metrics.jsonl") if row["step"] == 3)
@@ -129,7 +130,7 @@ def test_signals_to_all_processes_leave_workers_to_the_step(
 def asks_requeue(*granted):
     vote = StepVote()
     saving = SimpleNamespace(save=lambda trainer: None, wait=lambda trainer: None)
-    preemption = Preemption(saving, vote, ends_at=None, notices=None)
+    preemption = Preemption(saving, vote, ends_at=None, notices=None, ending=lambda: None)
     vote.granted = {*granted}
     trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=1, max_steps=2)
     with pytest.raises(PreemptedError) as stopped:

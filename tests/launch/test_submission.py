@@ -120,17 +120,6 @@ def test_done_run_shows_its_summary_and_changes_are_found_before_the_queue(
     assert len(stand_in.scripts) == 1
 
 
-@pytest.fixture
-def _handlers():
-    """Give back the signals that a rank takes."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("_handlers")
 @pytest.mark.parametrize(
     ("ends", "code"),
     [

@@ -1,7 +1,6 @@
 """Sweeps: which jobs there are, what is run of them, what is said, by stand-ins for training."""
 
 import math
-import signal
 import sys
 
 import pytest
@@ -50,7 +49,6 @@ class DryRun:
 def sweep_at(tmp_path, monkeypatch, capfd):
     """Run `launch.train -m` here in an empty folder; gives its exit code and what it has run."""
     monkeypatch.chdir(tmp_path)
-    handlers = {each: signal.getsignal(each) for each in (2, 10, 15)}
 
     def sweep(*overrides, experiment="gpt_char_cpu", objective=rate, fails=(), waits=()):
         from launch.train import main
@@ -63,8 +61,6 @@ def sweep_at(tmp_path, monkeypatch, capfd):
             with pytest.raises(SystemExit) as ended:
                 main()
         GlobalHydra.instance().clear()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         dry.output = capfd.readouterr()
         return ended.value.code, dry
 

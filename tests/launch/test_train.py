@@ -96,7 +96,9 @@ def assert_stopped(run_path, name):
 
 def test_stopped_run_saves_says_so_and_continues(small_run, train, start, tmp_path):
     long = [*small_run, "max_steps=200", "checkpoints.every_steps=null"]
-    process, run_path = start(*long), tmp_path / "runs" / "small"
+    journal = f"_target_: tests.cluster.journal.Journal, folder: {tmp_path / 'journal'}"
+    slow = f"+trainer.callbacks.journal={{{journal}, linger_s: 0.05, linger_from: 3}}"
+    process, run_path = start(*long, slow), tmp_path / "runs" / "small"
     start.wait(process, run_path, 3)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()

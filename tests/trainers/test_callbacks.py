@@ -121,14 +121,17 @@ def three_ranks(monkeypatch):
     return [Heartbeats(rank, num_ranks=3) for rank in range(3)]
 
 
-def test_ranks_without_a_sign_of_life_are_found(three_ranks):
+def test_ranks_without_a_sign_of_life_are_found(three_ranks, monkeypatch):
     for beats in three_ranks[:2]:  # rank 2 has never said anything
         beats.publish(record([1, 0]))
     assert three_ranks[0].listen() == ({0: record([1, 0]), 1: record([1, 0])}, [1, 2])
-    again = threading.Timer(0.2, lambda: three_ranks[1].publish(record([1, 0], beat=2)))
-    again.start()
+
+    def meanwhile(seconds):
+        three_ranks[1].publish(record([1, 0], beat=2))
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=meanwhile)
+    monkeypatch.setattr(heartbeats, "time", clock)
     assert three_ranks[0].listen()[1] == [2]
-    again.join()
 
 
 def test_rank_zero_is_blamed_when_the_store_is_gone_with_it(three_ranks):
@@ -151,6 +154,8 @@ def test_silent_rank_is_gone_after_a_while_and_all_learn_of_it(three_ranks, monk
         assert not first.is_one_gone()  # rank 2 has said nothing yet: it may be starting
         assert not second.is_one_gone()
         time.sleep(0.1)
+    for beats in (first, second):
+        beats.publish(record([1, 0], beat=8))
     third.publish(record([1, 0]))
     assert not first.is_one_gone()
     time.sleep(0.4)
@@ -187,16 +192,23 @@ def test_watchdog_ends_what_gets_nowhere_and_nothing_else(monkeypatch, capsys):
 
     monkeypatch.setattr(watchdog.os, "_exit", leave)
     monkeypatch.setattr(watchdog, "BEAT_S", 0.05)
-    said = []
-    dog = watchdog.Watchdog(
-        timeout_s=1.0, report=lambda *report: reports.append(report), last_words=said.append
-    )
+    clock, said = [0.0], []
+    times = SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep)
+    monkeypatch.setattr(watchdog, "time", times)
+
+    def report(*report):
+        reports.append(report)
+        raise OSError(28, "No space left on device")
+
+    dog = watchdog.Watchdog(timeout_s=1.0, report=report, last_words=said.append)
     trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=6, num_nodes=1)
     dog.setup(trainer, None, "fit")
     for micro_batch in range(6):
         dog.on_train_batch_start(trainer, None, None, micro_batch)
-        time.sleep(0.2)
+        clock[0] += 0.9
+        time.sleep(0.1)
     assert not ended.is_set()
+    clock[0] += 0.2
     assert ended.wait(timeout=60)
     ((reason, step),) = reports
     assert step == 7
@@ -228,22 +240,16 @@ def test_reason_of_the_first_rank_to_fail_is_that_of_its_peers(three_dogs):
     assert (first.reports, second.reports, third.reports) == ([reason], [reason], [])
 
 
-def test_rank_too_late_for_a_collective_is_named(three_dogs):
-    stop = threading.Event()
+def test_rank_too_late_for_a_collective_is_named(three_dogs, monkeypatch):
+    def beat(number):
+        for dog in three_dogs:
+            position = [1, 0 if dog is three_dogs[1] else 1]
+            dog._beats.publish(record(position, beat=number))
 
-    def beat():
-        for number in range(100):
-            for dog in three_dogs:
-                position = [1, 0 if dog is three_dogs[1] else 1]
-                dog._beats.publish(record(position, beat=number))
-            if stop.wait(0.1):
-                return
-
-    beating = threading.Thread(target=beat)
-    beating.start()
+    beat(1)
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: beat(2))
+    monkeypatch.setattr(heartbeats, "time", clock)
     late = RuntimeError("[gloo] Timed out waiting 1000ms for recv operation to complete")
     three_dogs[0].on_exception(three_dogs[0].trainer, None, late)
-    stop.set()
-    beating.join()
     (reason,) = three_dogs[0].reports
     assert reason.startswith("rank 1 has made no progress since step 3")

@@ -58,15 +58,18 @@ def test_all_ranks_write_and_each_knows_when_it_is_done(num_ranks, tmp_path):
 def test_wait_is_for_the_slowest_rank(tmp_path, monkeypatch):
     write = checkpoint_parts.write_tensors
 
+    gate = threading.Event()
+
     def slow_on_rank_1(path, entries):
         if "-00002-of-" in path.name:
-            time.sleep(0.2)
+            assert gate.wait(timeout=30)
         return write(path, entries)
 
     monkeypatch.setattr(checkpoint_parts, "write_tensors", slow_on_rank_1)
     path, writers = tmp_path / "step-00000001", ranks(3, asynchronous=True)
     assert save_on(writers, path) == [None] * 3
     assert not path.exists()
+    threading.Timer(0.2, gate.set).start()
     assert at_once([lambda w=w: (w.wait(), path.exists())[1] for w in writers]) == [True] * 3
     assert_is_of(path, 3)
 
@@ -139,7 +142,8 @@ def test_rank_whose_disk_is_full_fails_and_nothing_is_moved(full, tmp_path, monk
             raise OSError(28, "No space left on device")
         has_begun.set()
         has_failed.wait(timeout=30)
-        time.sleep(0.1)
+        while full == 0 and path.parent.exists():  # rank 0 clears it away
+            time.sleep(0.01)
         return write(path, entries)
 
     monkeypatch.setattr(checkpoint_parts, "write_tensors", full_on_one_rank)

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -52,6 +53,7 @@ class Preemption(Callback):
         vote: Tells the other ranks.
         ends_at: Time of the clock (`time.time()`) at which the budget is used up; None for none.
         notices: Looks for notices, on the first rank of each machine; None for none.
+        ending: Is called when the run ends, one way or another, and requests ask for nothing more.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class Preemption(Callback):
         *,
         ends_at: float | None,
         notices: SpotNotices | None,
+        ending: Callable[[], None],
     ):
         self.checkpointing, self.vote = checkpointing, vote
-        self.ends_at, self.notices = ends_at, notices
+        self.ends_at, self.notices, self.ending = ends_at, notices, ending
         self.signal_name: str | None = None
         self._reasons = [signal.Signals(number).name for number in STOP_SIGNALS]
         self._reasons += [BUDGET, NOTICE]
@@ -118,6 +121,7 @@ class Preemption(Callback):
         self._give_back()
 
     def _give_back(self) -> None:
+        self.ending()
         if self.notices:
             self.notices.stop()
         for number, handler in self._previous.items():

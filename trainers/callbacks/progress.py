@@ -1,6 +1,7 @@
 """The live progress bar."""
 
 import time
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -116,4 +117,6 @@ class ProgressBar(Callback):
         self._printed_at = now
         started_at, started_step = self._started
         left = (now - started_at) / max(step - started_step, 1) * (total - step)
-        self.console.print(f"step {step}/{total} {self._text()} {left:.0f} s left", soft_wrap=True)
+        text = f"step {step}/{total} {self._text()} {left:.0f} s left"
+        with suppress(OSError, SystemExit):  # whoever read it is gone; rich leaves the program
+            self.console.print(text, soft_wrap=True)

@@ -6,6 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from socket import gethostname
 from types import FrameType
 from typing import Any
@@ -25,6 +26,9 @@ WAITS_S = 30.0
 
 FAREWELL_S = 5.0
 """For the others to read the reason: the store may end with the process of rank 0."""
+
+TELLING_S = 20.0
+"""For printing and writing why, on what may be the cause: a file system that does not answer."""
 
 Report = Callable[[str, int], None]
 """Is told why a run ends, and at which step."""
@@ -211,15 +215,25 @@ class Watchdog(Callback):
                     f"longer than that -> look there, or allow more seconds"
                 )
             self._beats.tell(reason)
-        print(f"error: {reason}\n{self._own_name} stands at:", file=sys.stderr)
-        traceback.print_stack(frame)
-        self.report(reason, self._step)
-        self.last_words(reason)
-        for stream in filter(None, (sys.stdout, sys.stderr)):  # None where output goes nowhere
-            stream.flush()
+        # Whatever becomes of that, on a full disk or without a terminal, the process ends.
+        telling = threading.Thread(target=self._say, args=[reason, frame], daemon=True)
+        telling.start()
+        telling.join(TELLING_S)
         if self._beats.rank == 0 and self._beats.num_ranks > 1:
             time.sleep(FAREWELL_S)
         os._exit(1)
+
+    def _say(self, reason: str, frame: FrameType | None) -> None:
+        for tell in (
+            lambda: print(f"error: {reason}\n{self._own_name} stands at:", file=sys.stderr),
+            lambda: traceback.print_stack(frame),
+            lambda: self.report(reason, self._step),
+            lambda: self.last_words(reason),
+            lambda: sys.stdout.flush(),
+            lambda: sys.stderr.flush(),
+        ):
+            with suppress(Exception):
+                tell()
 
 
 def _is_lost_connection(error: Exception) -> bool:
