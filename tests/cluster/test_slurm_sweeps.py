@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 LR = "module.optimizer.lr"
 JOURNAL = "tests.cluster.journal.Journal"
-RATES = ("0.001", "0.01", "oops", "0.003")
+RATES = ("0.001", "0.01", "1e+30", "0.003")  # the third diverges
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_array_is_interrupted_and_left_and_finishes_what_is_missing(
     assert queue() == []
     assert {job.slurm_job for job in jobs()[2:]} == submitted  # not a second time
     assert "3 of 4 jobs done, 1 failed" in output
-    assert "not supported between instances of 'float' and 'str'" in jobs()[2].reason
+    assert "finite" in jobs()[2].reason
 
     logs = [(sweep_folder / f"{job.run}.log").read_text() for job in jobs()]
     assert re.search(r"running: continues from step-\d+ \(saved by ddp on 2 rank", logs[1])

@@ -12,7 +12,7 @@ from launch.run_directory import RunDirectory
 from tests.launch.watched_sweep import WatchedSweep
 
 LR = "module.optimizer.lr"
-RATES = ("0.001", "0.01", "oops", "0.003")
+RATES = ("0.001", "0.01", "1e+30", "0.003")  # the third diverges
 
 
 def processes_of(folder):
@@ -92,7 +92,7 @@ def test_sweep_is_interrupted_and_killed_and_finishes_what_is_missing(
     assert states() == ["done", "done", "failed", "done"]
     assert not processes_of(tmp_path)
     assert "3 of 4 jobs done, 1 failed" in output
-    assert "lr=oops" in jobs()[2].reason + output
+    assert "finite" in jobs()[2].reason
 
     logs = [(tmp_path / f"runs/sweeps/rates/{job.run}.log").read_text() for job in jobs()]
     starts = [re.findall(r"running: (begins|continues from step-\d+)", log) for log in logs]
