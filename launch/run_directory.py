@@ -107,22 +107,24 @@ class RunDirectory:
                 if state == "running":  # how it ends is the command's last line
                     print(f"run {self.path.name}: {state}: {reason}", flush=True)
 
-        begins = self._describe_start(trainer.strategy.checkpoint_io.drops_optimizer)
+        path = self.find_checkpoint("last")
+        first = int(path.name.removeprefix("step-")) if path else 0
+        begins = self._describe_start(path, trainer.strategy.checkpoint_io.drops_optimizer)
         write("running", f"{begins}, up to {trainer.max_steps} steps, in {self.path}")
         try:
             yield write
         except BaseException as error:
             if trainer.is_global_zero and not self.status.get("is_cause"):
-                if isinstance(error, StoppedError):  # training handles requests to stop by itself
+                if isinstance(error, StoppedError) and trainer.global_step <= first:
                     self.write_status("preempted", f"{error} before the first step")
                 else:
-                    write("failed", f"{type(error).__name__}: {error}")
+                    state = "preempted" if isinstance(error, StoppedError) else "failed"
+                    write(state, f"{type(error).__name__}: {error}")
             raise
 
-    def _describe_start(self, drops_optimizer: bool) -> str:
+    def _describe_start(self, path: Path | None, drops_optimizer: bool) -> str:
         from trainers.checkpoint import read_manifest
 
-        path = self.find_checkpoint("last")
         if path is None:
             return "begins"
         manifest = read_manifest(path)

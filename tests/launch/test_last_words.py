@@ -170,10 +170,12 @@ def test_why_a_start_failed_is_written_at_its_step(tmp_path):
     with pytest.raises(KeyError), run.noting_failed_start(), run.status_of(trainer):
         raise KeyError("lost")
     assert (run.status["step"], run.status["reason"]) == (500, "'lost'")
-    with pytest.raises(StoppedError), run.noting_failed_start(), run.status_of(trainer):
-        raise StoppedError("SIGUSR1")
-    assert run.status["reason"] == "SIGUSR1 before the first step"
-    assert "step" not in run.status  # by which a job knows that it was idle
+    for step, reason in ((7, "StoppedError: SIGINT"), (0, "SIGINT before the first step")):
+        trainer.global_step = step
+        with pytest.raises(StoppedError), run.noting_failed_start(), run.status_of(trainer):
+            raise StoppedError("SIGINT")
+        assert (run.status["state"], run.status["reason"]) == ("preempted", reason)
+        assert run.status.get("step", 0) == step  # without, a job knows that it was idle
 
 
 def test_rank_of_torchrun_prints_to_a_file_and_rank_0_says_why_it_failed(
