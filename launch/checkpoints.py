@@ -123,7 +123,9 @@ def delete(run: RunDirectory, config: DictConfig) -> int:
     if not config.checkpoint:
         raise ValueError("checkpoint=null -> none is named -> add checkpoint=<name>")
     path = find(run, config.checkpoint)
-    if not path.resolve().is_relative_to(run.checkpoints.resolve()):
+    folder = run.checkpoints.resolve()
+    is_its_own = path.resolve().parent in (folder, folder / "abandoned")
+    if not is_its_own or not path.resolve().name.startswith("step-"):
         raise ValueError(
             f"checkpoint={config.checkpoint} -> it is not of run {run.path.name} -> give its run"
         )

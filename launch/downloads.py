@@ -167,12 +167,14 @@ class Downloads:
         return None
 
     def _offer(self, name: str) -> str:
-        """The newest checkpoint before `name` that seems whole, as the end of a sentence."""
+        """The newest that seems whole before `name`, else after it, as the end of a sentence."""
         here = {path.name for path in self.run.checkpoints.glob("step-*")}
-        for older in sorted({*checkpoints_in(self.store), *here}, reverse=True):
-            if older < name and (older in here or look_at(self.store, older)[1] is None):
-                return f"; the one before it is there: checkpoint={older}"
-        return "; there is no older one: start again under another run.name"
+        there = sorted({*checkpoints_in(self.store), *here} - {name}, reverse=True)
+        for other in sorted(there, key=lambda other: other > name):
+            if other in here or look_at(self.store, other)[1] is None:
+                place = "the one before it" if other < name else "a later one"
+                return f"; {place} is there: checkpoint={other}"
+        return "; there is no other one: start again under another run.name"
 
     def _without_best(self) -> str:
         return f"; to continue without a best checkpoint delete {self.store.url}/{CHECKPOINTS}/best"
@@ -215,6 +217,7 @@ def _resolve(
 ) -> list[str]:
     """Names of the checkpoints to fetch; a `best` that the run goes on before is forgotten."""
     best = json.loads(pointers["best"] or "{}").get("checkpoint")
+    best = best if STEP.fullmatch(str(best)) else None
     names = {"last": last, "best": best}
     if trains and (to := json.loads(pointers["went_back"] or "{}").get("to")):
         names[to] = last

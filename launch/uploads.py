@@ -162,7 +162,8 @@ class Uploads:
             if (last := texts.pop("last")) is None:
                 return [], texts
             names = [last.strip()]
-            if texts["best"] and (best := json.loads(texts["best"])["checkpoint"]) not in names:
+            best = json.loads(texts["best"] or "{}").get("checkpoint", names[0])
+            if best not in names and (self.run.checkpoints / best).is_dir():
                 names.append(best)
             try:
                 return [self._hold(name) for name in names], texts

@@ -209,8 +209,7 @@ class GAN(EvaluatedGAN):
             real, fake = self._judge_both(real, fakes.float(), batch, penalised)
             terms = self.objective.discriminator(real.logits, fake.logits)
             self._note(discriminator_loss=terms, real_score=real.logits, fake_score=fake.logits)
-            # One logit has no meaning where the loss compares two.
-            margin = real.logits - fake.logits if self.objective.pairs else real.logits
+            margin = self.objective.margin(real.logits, fake.logits)
             self._note(real_sign=margin.sign() + 0 * margin)  # what is no number has the sign 0
             if penalised:
                 known = {"r1": real, "r2": fake}

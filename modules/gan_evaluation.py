@@ -35,7 +35,7 @@ class EvaluatedGAN(LightningModule):
     picture_settings: Mapping[str, Any]
     num_classes: int | None
     seed: int
-    starts_anew = ("scores.",)
+    starts_anew = ("scores.", "augmentation.")
     _neighbours: Tensor | None = None
 
     def on_validation_start(self) -> None:

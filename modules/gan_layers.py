@@ -42,6 +42,11 @@ class Weighted(nn.Module):
         return weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
 
+def at_least_fp32(features: Tensor) -> Tensor:
+    """What logits are computed of, outside of autocast: their differences are small."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
 class Linear(Weighted):
     """A linear map of [B, inputs] to [B, outputs].
 
@@ -277,7 +282,9 @@ class Discriminator(Network):
 
         Miyato and Koyama 2018, arXiv 1802.05637, equation 3.
         """
-        logits = self.dense(features).sum(1)  # no view: FSDP2 warns of one
-        if labels is None:
-            return logits
-        return logits + (self.embedding(labels, features.dtype) * features).sum(1)
+        with torch.autocast(features.device.type, enabled=False):
+            features = at_least_fp32(features)
+            logits = self.dense(features).sum(1)  # no view: FSDP2 warns of one
+            if labels is None:
+                return logits
+            return logits + (self.embedding(labels, features.dtype) * features).sum(1)

@@ -87,6 +87,16 @@ class Objective:
         """Whether the generator's loss needs the logits of real images."""
         return self.name in gan_losses.NEEDS_REAL
 
+    def margin(self, real: Tensor, fake: Tensor) -> Tensor:
+        """How sure the discriminator is [B] of real images, by the logits [B] of both kinds.
+
+        The logit, where the loss pushes that away from 0; of least squares, whose targets are 1
+        and 0, what is beyond their middle; where only differences count, the difference.
+        """
+        if self.name == "least_squares":
+            return real - 0.5
+        return real - fake if self.pairs or self.name == "wasserstein" else real
+
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
         """Adversarial loss of the discriminator [B] by the logits [B] of both kinds."""
         return gan_losses.discriminator_loss(self.name, real, fake)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.gan_initial_values import Draw, normal, scaled_normal, zeros
-from modules.gan_layers import Conv2d, Discriminator, Embedding, Generator, Linear
+from modules.gan_layers import Conv2d, Discriminator, Embedding, Generator, Linear, at_least_fp32
 from modules.gan_presets import R3GANShape
 
 START = 4
@@ -230,7 +230,9 @@ class R3GANDiscriminator(Discriminator):
                 x = self.transitions[index - 1](self.resampling.down(x))
             for block in stage:  # type: ignore[attr-defined]
                 x = block(x)
-        features = self.linear(self.basis(x).flatten(1))  # [B, 1] or [B, C]
-        if labels is not None:
-            features = self.embedding(labels, features.dtype) * features
-        return features.sum(1)
+        pooled = at_least_fp32(self.basis(x).flatten(1))
+        with torch.autocast(pooled.device.type, enabled=False):
+            features = self.linear(pooled)  # [B, 1] or [B, C]
+            if labels is not None:
+                features = self.embedding(labels, features.dtype) * features
+            return features.sum(1)

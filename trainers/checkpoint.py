@@ -148,6 +148,8 @@ def unpickle(file: BinaryIO, path: Path) -> dict[str, Any]:
     """As `read_state`, from an open file; `path` is for the message."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError) as error:
+        raise _unread(path, STATE, error) from error
     except Exception as error:  # what damaged bytes raise can be anything
         reason = reason_of(error)
         if "Unsupported" not in reason:
@@ -159,6 +161,14 @@ def unpickle(file: BinaryIO, path: Path) -> dict[str, Any]:
             "-> keep tensors, numbers, strings, lists and dictionaries in the state of callbacks, "
             "modules and datamodules"
         ) from error
+
+
+def _unread(path: Path, name: str, error: Exception) -> ValueError:
+    """For what says nothing of the checkpoint: no right to read it, a server that is away."""
+    return ValueError(
+        f"checkpoint={path} -> {name} cannot be read now ({error or type(error).__name__}) -> mend "
+        "that, then the same command"
+    )
 
 
 def reason_of(error: Exception) -> str:
@@ -181,6 +191,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if str(error).startswith("checkpoint="):
             raise
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise _unread(Path(path), MANIFEST, error) from error
         raise ValueError(
             f"checkpoint={path} -> {MANIFEST} is missing or damaged ({error}) -> "
             f"choose another checkpoint{_offer(Path(path))}"
@@ -236,12 +248,15 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
 def remove_leftovers(directory: str | Path) -> None:
     """Delete what a killed save or deletion left half done; nothing else begins with a dot."""
     for path in Path(directory).glob(".step-*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint; a crash on the way leaves nothing that looks whole."""
-    shutil.rmtree(_set_aside(path))
+    """Delete a checkpoint; a crash on the way leaves nothing that looks whole.
+
+    What cannot be deleted yet, for on NFS another process reads it, the next start deletes.
+    """
+    shutil.rmtree(_set_aside(path), ignore_errors=True)
 
 
 def put_in_place(scratch: Path, path: Path) -> None:
@@ -253,7 +268,7 @@ def put_in_place(scratch: Path, path: Path) -> None:
     scratch.replace(path)
     sync_directory(path.parent)
     if former is not None:
-        shutil.rmtree(former)
+        shutil.rmtree(former, ignore_errors=True)
 
 
 def _set_aside(path: Path) -> Path:
@@ -268,10 +283,13 @@ def size_of(path: Path) -> int:
 
 
 def _offer(path: Path, digests: bool = True) -> str:
-    """The newest whole checkpoint before `path`, as the end of a sentence."""
-    for older in reversed(list_checkpoints(path.parent)):
-        if older.name < path.name:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                if find_damage(older, _read_manifest(older), digests) is None:
-                    return f"; the one before it is whole: checkpoint={older.name}"
-    return "; no older one is whole: start again under another run.name"
+    """The newest whole checkpoint before `path`, else after it, as the end of a sentence."""
+    there = list_checkpoints(path.parent)
+    older = [other for other in there if other.name < path.name]
+    newer = [other for other in there if other.name > path.name]
+    for other in [*reversed(older), *reversed(newer)]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            if find_damage(other, _read_manifest(other), digests) is None:
+                place = "the one before it" if other in older else "a later one"
+                return f"; {place} is whole: checkpoint={other.name}"
+    return "; no other one is whole: start again under another run.name"

@@ -59,7 +59,6 @@ class CheckpointDirectory(CheckpointIO):
     _written: Future[None] | None = None
     _committed: Future[None] | None = None
     _all_written: threading.Event = field(default_factory=threading.Event)
-    _is_checked: bool = False
 
     @property
     def rank(self) -> int:
@@ -176,10 +175,8 @@ class CheckpointDirectory(CheckpointIO):
     def _serialize(self, state: dict[str, Any], path: Path) -> bytes:
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        if not self._is_checked:  # once a launch: what cannot be read should be known now
-            buffer.seek(0)
-            unpickle(buffer, path)
-            self._is_checked = True
+        buffer.seek(0)
+        unpickle(buffer, path)  # what could not be read should be known now
         return buffer.getvalue()
 
     def _copy(self, name: str, run: Run) -> Run:
@@ -254,7 +251,7 @@ def _refusals_named(save: Save, rank: int) -> Iterator[None]:
     try:
         yield
     except BaseException as caught:
-        is_given_up = rank and not save.scratch.exists()
+        is_given_up = rank and isinstance(caught, FileNotFoundError) and not save.scratch.exists()
         error = OSError("rank 0 has given it up") if is_given_up else caught
         remove_files(save, rank)
         if not isinstance(error, OSError):

@@ -90,9 +90,12 @@ def _write_data(stored: StoredCheckpoint, path: Path, dtype: torch.dtype | None)
     with path.open("wb") as file:
         for name, tensor in stored.weights.items():
             if tensor not in written:
-                start, whole = file.tell(), tensor.whole()
-                if dtype is not None and whole.is_floating_point():
-                    whole = whole.to(dtype)
+                try:
+                    start, whole = file.tell(), tensor.to(dtype).whole()
+                except OverflowError as error:
+                    raise ValueError(
+                        f"dtype={dtype} -> {name}: {error} -> use one of a wider range"
+                    ) from error
                 torch.save(whole, file)
                 written[tensor] = (
                     _StorageInfo(path.name, start, file.tell() - start),

@@ -43,6 +43,10 @@ class Journal(Callback):
         name = f"{time.time_ns()}-rank-{trainer.global_rank}.jsonl"
         self.file = (self.folder / name).open("w", buffering=1)  # a line is there at once
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End it; a launch that is disturbed leaves that to its process."""
+        self.file.close()
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:

@@ -229,6 +229,15 @@ def test_delete_frees_what_is_not_needed(run, verb):
     assert read_last(run.checkpoints) == "step-00000020"
 
 
+@pytest.mark.parametrize("which", [".", "..", "abandoned"])
+def test_delete_takes_one_checkpoint_and_no_folder_of_them(run, verb, which):
+    (run.checkpoints / "abandoned").mkdir(exist_ok=True)
+    before = {*run.path.rglob("*")}
+    with pytest.raises(ValueError, match="checkpoint="):
+        verb(run, "action=delete", f"checkpoint={which}", "yes=true", "force=true")
+    assert {*run.path.rglob("*")} == before
+
+
 def test_delete_refuses_the_last_and_the_best(run, verb):
     best = {"checkpoint": "step-00000015", "metric": "val/loss", "value": 1.0}
     (run.checkpoints / "best").write_text(json.dumps(best))

@@ -96,16 +96,17 @@ def assert_stopped(run_path, name):
 
 def test_stopped_run_saves_says_so_and_continues(small_run, train, start, tmp_path):
     long = [*small_run, "max_steps=200", "checkpoints.every_steps=null"]
+    whole = train(*long, "run.name=whole")
     journal = f"_target_: tests.cluster.journal.Journal, folder: {tmp_path / 'journal'}"
-    slow = f"+trainer.callbacks.journal={{{journal}, linger_s: 0.05, linger_from: 3}}"
-    process, run_path = start(*long, slow), tmp_path / "runs" / "small"
+    long.append(f"+trainer.callbacks.journal={{{journal}, linger_s: 0.05, linger_from: 3}}")
+    process, run_path = start(*long), tmp_path / "runs" / "small"
     start.wait(process, run_path, 3)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
     assert process.returncode == runtime.PREEMPTED
     assert_stopped(run_path, "SIGTERM")
     assert "run small: preempted: SIGTERM" in output
-    assert_same_weights(train(*long, "run.name=whole"), train(*long))
+    assert_same_weights(whole, train(*long))
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT"])
@@ -133,12 +134,22 @@ def test_module_without_validation_is_saved_at_its_end(small_run, train, monkeyp
 
 @pytest.mark.parametrize("step", [8, 9, 20])
 def test_stop_at_a_validation_neither_repeats_nor_misses_it(small_run, train, monkeypatch, step):
-    whole = train(*small_run, "run.name=whole")
+    log = GPT.on_validation_epoch_end
+
+    def log_step(self):  # the first validation, of step 8, is the best
+        log(self)
+        self.log("val/step", float(self.global_step))
+
+    monkeypatch.setattr(GPT, "on_validation_epoch_end", log_step)
+    settings = [*small_run, "checkpoints.monitor=val/step"]
+    whole = train(*settings, "run.name=whole")
     with monkeypatch.context() as patched:
         patched.setattr(Preemption, "_agree", lambda self, trainer: trainer.global_step == step)
-        train(*small_run, code=runtime.DONE if step == 20 else runtime.PREEMPTED)
-    run = train(*small_run)
+        train(*settings, code=runtime.DONE if step == 20 else runtime.PREEMPTED)
+    run = train(*settings)
     assert_same_weights(whole, run)
+    assert json.loads((run.checkpoints / "best").read_text())["checkpoint"] == "step-00000008"
+    assert run.find_checkpoint("best").name == whole.find_checkpoint("best").name
     assert steps_with(run, "val/loss") == [8, 16, 20]
     assert steps_with(run, "train/loss") == list(range(1, 21))
 

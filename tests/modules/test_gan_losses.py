@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from modules.gan_losses import (
     lazy_rates,
     squared_gradient,
 )
+from modules.gan_objective import Objective
 
 REAL = [-3.0, -0.4, 0.0, 0.7, 1.6, 40.0]
 FAKE = [2.0, 0.3, 0.0, -1.4, 0.9, -40.0]
@@ -115,6 +117,19 @@ def test_best_logit_is_where_the_theory_has_it(name, logits):
     as_fake = discriminator_loss(name, never, logit)
     (slope,) = torch.autograd.grad(0.75 * as_real + 0.25 * as_fake, logit)
     assert slope.item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_discriminator_that_cannot_tell_is_sure_of_nothing(name):
+    unsure = {"least_squares": 0.5, "wasserstein": 7.0, "relativistic": -3.0}.get(name, 0.0)
+    logit = torch.full((2,), unsure, requires_grad=True)
+    discriminator_loss(name, logit, logit).sum().backward()
+    assert logit.grad is not None
+    assert logit.grad.abs().max() < 1e-6  # there is nothing to gain by another
+    objective = SimpleNamespace(name=name, pairs=name in NEEDS_REAL)
+    margin = Objective.margin(objective, logit, logit)  # pyright: ignore[reportArgumentType]
+    assert margin.tolist() == [0.0, 0.0]
+    assert (Objective.margin(objective, logit + 1, logit) > 0).all()  # pyright: ignore[reportArgumentType]
 
 
 def test_relativistic_loss_does_not_see_a_constant():

@@ -44,8 +44,15 @@ def test_damage_is_named_and_the_last_whole_one_offered(content, saved, name, da
     if has_older:
         spoil(saved.with_name("step-00000004") / name, "flip")
     spoil(saved / name, damage)
-    offer = "whole: checkpoint=step-00000003" if has_older else "no older one is whole"
+    offer = "whole: checkpoint=step-00000003" if has_older else "no other one is whole"
     with pytest.raises(ValueError, match=rf"checkpoint={saved} -> {name} .*{offer}"):
+        verify(saved)
+
+
+def test_later_one_is_offered_where_none_before_is_whole(content, saved):
+    CheckpointDirectory({}).save_checkpoint(content, saved.with_name("step-00000009"))
+    spoil(saved / "state.pt", "flip")
+    with pytest.raises(ValueError, match="a later one is whole: checkpoint=step-00000009"):
         verify(saved)
 
 

@@ -5,6 +5,7 @@ What is kept is measured on ranks, by its bytes (`test_memory.py`) and bits (`te
 """
 
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +80,22 @@ def test_recorder_sees_what_torch_alone_would_do():
         torch.nn.LayerNorm(4, dtype=torch.bfloat16)(hidden).softmax(-1)
     # On a CPU autocast leaves those in the dtype of their input; the GPT's own do not.
     assert recorder.of({"native_layer_norm", "_softmax"}) == {torch.bfloat16}
+
+
+@LOW
+def test_penalty_is_differentiated_in_fp32_from_within_a_step(precision):
+    module = TwoNetworks(optimizer={"lr": 0.1}, r1=0.5, ema_decay=0.9, seed=1)
+    autocast = Autocast(precision, "cpu")
+    autocast.strategy = SimpleNamespace(differentiate=lambda tensor: tensor.backward())
+    with autocast.forward_context():
+        penalty = module.penalty(torch.ones(2, POINT))
+        with Recorder() as recorder:
+            autocast.backward(penalty.sum(), module, None)
+        penalty = module.penalty(torch.ones(2, POINT))
+        with Recorder() as left_alone:
+            penalty.sum().backward()
+    assert recorder.of(PRODUCTS) == FP32
+    assert DTYPES[precision] in left_alone.of(PRODUCTS)
 
 
 @LOW

@@ -167,7 +167,11 @@ class Checkpointing(Callback):
             name = f"step-{trainer.global_step:08d}"
             then = partial(self._point_to, name, best)
             trainer.save_checkpoint(self.directory / name, storage_options=then)
-            self._best = self._best if best is None else best
+        elif best is not None:  # of a validation that a stop had put off
+            self.wait(trainer)
+            if trainer.is_global_zero:
+                self._point_to_best(f"step-{trainer.global_step:08d}", best)
+        self._best = self._best if best is None else best
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def wait(self, trainer: Trainer) -> None:
@@ -200,13 +204,13 @@ class Checkpointing(Callback):
         path = self.directory / "best"
         best = json.loads(path.read_text()) if path.exists() else {}
         is_there = best and (self.directory / best["checkpoint"]).is_dir()
-        return best["value"] if is_there else float("inf")
+        is_comparable = is_there and best.get("metric") == self.monitor
+        return best["value"] if is_comparable else float("inf")
 
     def _point_to(self, name: str, best: float | None) -> None:
         """Move the pointers to a checkpoint that is in its place, and delete what is not kept."""
         if best is not None:
-            entry = {"checkpoint": name, "metric": self.monitor, "value": best}
-            write_atomically(self.directory / "best", json.dumps(entry) + "\n")
+            self._point_to_best(name, best)
         write_atomically(self.directory / "last", name + "\n")
         path = self.directory / "best"
         kept = {name}  # not the highest step after going back to an older checkpoint
@@ -219,6 +223,10 @@ class Checkpointing(Callback):
             remove_checkpoint(self.directory / old)
         if self.max_gib is not None:
             self._make_room(self.max_gib * 2**30, kept)
+
+    def _point_to_best(self, name: str, value: float) -> None:
+        entry = {"checkpoint": name, "metric": self.monitor, "value": value}
+        write_atomically(self.directory / "best", json.dumps(entry) + "\n")
 
     def _make_room(self, allowed: float, kept: set[str]) -> None:
         sizes = {path: size_of(path) for path in list_checkpoints(self.directory)}

@@ -41,8 +41,13 @@ class Autocast(Precision):
     def backward(
         self, tensor: Tensor, model: LightningModule, optimizer: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Differentiate as the strategy does."""
-        self.strategy.differentiate(tensor, *args, **kwargs)
+        """Differentiate as the strategy does.
+
+        Outside of autocast, under which a module that calls this within its step still is: the
+        engine would take it over for the second derivatives of penalties.
+        """
+        with torch.autocast(self.device_type, enabled=False):
+            self.strategy.differentiate(tensor, *args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """The loss scales."""
