@@ -266,7 +266,7 @@ class Discriminator(Network):
             labels: int64 [B], or None where the network is unconditional.
 
         Returns:
-            Logits [B].
+            Logits [B], of at least fp32.
 
         Raises:
             ValueError: As `check`.

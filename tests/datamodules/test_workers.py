@@ -74,6 +74,7 @@ def _stop(*processes: int) -> None:
 
 
 LEAVES = """
+import os
 import sys
 import time
 from pathlib import Path
@@ -86,7 +87,8 @@ order = order_of(rows, seed=1, batch_samples=4, window_mb=1, tail="drop")
 loader = TrainLoader(rows, order, batch_samples=4, micro_batch=4, max_samples=4000, num_workers=2,
                      repeat_first_batch=False, rank=0, world_size=1)
 if sys.argv[2] == "busy":
-    rows.batches = lambda addresses: print("begun", flush=True) or time.sleep(100)
+    # One write: `print` makes two, between which another worker's may come.
+    rows.batches = lambda addresses: os.write(1, b"begun\\n") and time.sleep(100)
 batches = iter(loader)
 next(batches)
 if sys.argv[2] == "error":
