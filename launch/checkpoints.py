@@ -127,7 +127,8 @@ def delete(run: RunDirectory, config: DictConfig) -> int:
     is_its_own = path.resolve().parent in (folder, folder / "abandoned")
     if not is_its_own or not path.resolve().name.startswith("step-"):
         raise ValueError(
-            f"checkpoint={config.checkpoint} -> it is not of run {run.path.name} -> give its run"
+            f"checkpoint={config.checkpoint} -> it is no checkpoint of run {run.path.name} -> name "
+            "one of that run, or give its own run"
         )
     name, size = name_in(run, path), decimal(size_of(path))
     if not config["yes"]:

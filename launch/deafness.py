@@ -19,7 +19,6 @@ from launch.runtime import LAUNCHED_AT, PREEMPTED, STOP_SIGNALS, has_been_stoppe
 GRACE_S = 10.0
 """Seconds for a rank to end by itself after a signal, less than any scheduler gives it."""
 
-
 UNWINDING_S = 60.0
 """Seconds for a rank that has heard it to come to its end."""
 

@@ -86,12 +86,12 @@ class RunDirectory:
                 self.write_status("preempted", f"{error} before the first step")
             raise
         except Exception as error:
-            reason = str(error.__cause__ or error) or type(error).__name__
-            state, before, step = (self.status.get(name) for name in ("state", "reason", "step"))
+            status, reason = self.status, str(error.__cause__ or error) or type(error).__name__
+            state, step = status.get("state"), status.get("step", 0)
             if rank != "0" and state in ("starting", "running"):
-                self.write_failure(f"rank {rank} on {gethostname()} failed: {reason}", step or 0)
-            if rank == "0" and (state == "starting" or (before or "").endswith(reason)):
-                self.write_failure(reason, step or 0)
+                self.write_failure(f"rank {rank} on {gethostname()} failed: {reason}", step)
+            if rank == "0" and (state == "starting" or status.get("reason", "").endswith(reason)):
+                self.write_failure(reason, step)
             raise
 
     @contextmanager
