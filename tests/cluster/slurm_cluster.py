@@ -114,8 +114,11 @@ class SlurmCluster:
     # -- nodes ----------------------------------------------------------------------------------
 
     def crash(self, node: str) -> None:
-        """End all processes of a node at once."""
-        self._process(node).kill()
+        """End all processes of a node at once, and see them gone, with the ports that they had."""
+        first = self._process(node)
+        all_of_it = [first, *first.children(recursive=True)]
+        first.kill()
+        wait_until(lambda: all(map(is_over, all_of_it)), f"all of {node} to end")
         self._crashed.add(node)
 
     def cut(self, node: str) -> None:
@@ -154,6 +157,14 @@ class SlurmCluster:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout
+
+
+def is_over(process: psutil.Process) -> bool:
+    """Whether a process has ended; nobody need have asked how."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def wait_until(is_so: Callable[[], bool], what: str) -> None:
