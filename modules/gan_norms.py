@@ -88,7 +88,8 @@ class BatchNorm(WideBuffers):
     """Batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167), perhaps class-conditional.
 
     Statistics are fp32, whatever the input. Those for evaluation are moving averages that each
-    forward pass in training moves; one that only recomputes for a backward pass does not.
+    forward pass in training moves; one that only recomputes for a backward pass does not, nor do
+    statistics that are not finite: a step that is left out for them would spoil them for ever.
 
     Args:
         channels: C.
@@ -140,15 +141,21 @@ class BatchNorm(WideBuffers):
     def _normalise(
         self, x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
-        mean, variance = self.running_mean, self.running_var
+        if not self.training:
+            mean, variance = self.running_mean, self.running_var
+            return F.batch_norm(x, mean, variance, gain, bias, eps=self.epsilon)
+        mean, variance = self.running_mean.clone(), self.running_var.clone()
+        if self.is_synced:
+            normalised = self._normalise_together(x, mean, variance)
+        else:
+            normalised = F.batch_norm(
+                x, mean, variance, gain, bias, True, self.momentum, self.epsilon
+            )
         # Set while autograd runs a backward pass: this forward is activation checkpointing's then.
-        if torch._C._current_graph_task_id() != -1:
-            mean, variance = mean.clone(), variance.clone()
-        if self.training and self.is_synced:
-            return self._normalise_together(x, mean, variance)
-        return F.batch_norm(
-            x, mean, variance, gain, bias, self.training, self.momentum, self.epsilon
-        )
+        if torch._C._current_graph_task_id() == -1:
+            for average, moved in ((self.running_mean, mean), (self.running_var, variance)):
+                average.copy_(torch.where(moved.isfinite(), moved, average))
+        return normalised
 
     def _normalise_together(self, x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
         dims = [0, *range(2, x.dim())]

@@ -219,6 +219,24 @@ def test_batch_norm_s_moving_averages_ignore_recomputation():
     assert not torch.allclose(control.running_mean, layers[0].running_mean)  # type: ignore
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_does_not_move_averages(bad):
+    """Of its channel; those of others are as always, and so is what comes out."""
+    layer, undisturbed = batch_norm(), batch_norm()
+    theirs = nn.BatchNorm2d(3, eps=1e-3, momentum=0.01)
+    theirs.load_state_dict(layer.state_dict(), strict=False)
+    x = random(4, 3, 5, 5)
+    undisturbed(x)
+    x[2, 1, 0, 0] = bad
+    before = layer.running_mean.clone(), layer.running_var.clone()
+    torch.testing.assert_close(layer(x), theirs(x), equal_nan=True)
+    for name, old in zip(("running_mean", "running_var"), before, strict=True):
+        average, expected = getattr(layer, name), getattr(undisturbed, name).clone()
+        expected[1] = old[1]
+        assert torch.equal(average, expected)
+        assert not getattr(theirs, name).isfinite().all()
+
+
 @pytest.mark.parametrize("num_classes", [None, 4])
 def test_statistics_stay_fp32_in_a_network_cast_to_bf16(num_classes):
     layer, labels = batch_norm(num_classes), torch.tensor([3, 0, 3, 1])

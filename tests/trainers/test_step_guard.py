@@ -116,6 +116,36 @@ def test_skips_in_a_row_are_counted_by_part():
         run.check()
 
 
+def test_a_penalty_that_is_never_finite_is_not_left_out_for_ever():
+    """It is an update of its own, due every other round, between ones that are taken."""
+    run = Run()
+    run.trainer.optimizers = [None, None]
+
+    def round_of(*losses):
+        for loss in losses:
+            run.judge(loss, part="discriminator")
+            run.trainer.global_step -= 1
+        run.trainer.global_step += 1
+
+    for _ in range(2):
+        round_of(1.0, NAN)
+        round_of(1.0)
+    run.check()
+    again = Run(**run.guard.state_dict())
+    assert again.guard.skipped_in_a_row == {"discriminator/1": 0, "discriminator/2": 2}
+    round_of(1.0, NAN)
+    with pytest.raises(FloatingPointError, match=r"max_skips=2 -> .* `discriminator`"):
+        run.check()
+
+
+def test_counts_of_earlier_versions_are_of_the_first_update():
+    earlier = {"num_skipped": {"model": 5}, "skipped_in_a_row": {"model": 2}, "levels": {}}
+    run = Run(**earlier)
+    run.judge(NAN)
+    with pytest.raises(FloatingPointError, match="max_skips=2"):
+        run.check()
+
+
 def is_spike_by_hand(losses, factor, memory):
     """The rule in plain Python, in doubles."""
     usual, spikes = [], []

@@ -20,6 +20,8 @@ class Judged:
 
     step: int
     part: str
+    update: str
+    """The part and the number of its update in the round, from 1."""
     loss: Tensor
     """Of this rank."""
     norm: Tensor
@@ -43,7 +45,8 @@ class StepGuard(Callback):
     Args:
         nonfinite: `stop` or `skip`.
         spike: `factor`, `action` and `memory_steps`, as in `conf/trainer/default.yaml`.
-        max_skips: Steps that may be left out in a row.
+        max_skips: Steps that may be left out in a row; those of a part that are not the same in
+            each round (of its loss, of a penalty that is due now and then) are rows of their own.
     """
 
     def __init__(self, *, nonfinite: str, spike: Mapping[str, Any], max_skips: int):
@@ -53,7 +56,8 @@ class StepGuard(Callback):
         self.num_skipped: Counter[str] = Counter()
         """Steps left out so far, by part."""
         self.skipped_in_a_row: Counter[str] = Counter()
-        # By part and number of its update in a round: running mean of the loss, number of losses.
+        """Since one was taken, by `Judged.update`: updates in a round may minimise other things."""
+        # By the same: running mean of the loss, number of losses.
         self._levels: dict[str, Any] = {}
         self._updates = (0, Counter[str]())  # of the step that is judged, by part
         self._has_stopped: dict[str, Tensor] = {}
@@ -81,10 +85,11 @@ class StepGuard(Callback):
         if self._updates[0] != step:
             self._updates = (step, Counter())
         self._updates[1][part] += 1
-        if self.factor is not None:  # updates of a part in one round may minimise different things
-            level = f"{part}/{self._updates[1][part]}"
-            is_spike, usual = self._judge_loss(level, loss.detach(), ~is_bad)
-        self._unread.append(Judged(step, part, loss.detach(), norm.detach(), is_spike, usual))
+        update = f"{part}/{self._updates[1][part]}"
+        if self.factor is not None:
+            is_spike, usual = self._judge_loss(update, loss.detach(), ~is_bad)
+        values = (loss.detach(), norm.detach(), is_spike, usual)
+        self._unread.append(Judged(step, part, update, *values))
         ends = [is_spike] if self.spike_action == "stop" and self.factor is not None else []
         ends += [is_bad] if self.nonfinite == "stop" and not self._scales_loss else []
         for end in ends:  # nothing is changed between a step that ends the run and its `check`
@@ -94,7 +99,7 @@ class StepGuard(Callback):
         veto = is_bad if self.factor is None else is_bad | is_spike
         return veto if stopped is None else veto | stopped
 
-    def _judge_loss(self, level: str, loss: Tensor, is_finite: Tensor) -> tuple[Tensor, Tensor]:
+    def _judge_loss(self, update: str, loss: Tensor, is_finite: Tensor) -> tuple[Tensor, Tensor]:
         """Compare a loss with the running mean of its magnitude before, and move the mean.
 
         It is a plain mean until `memory_steps` losses are in it, and forgets exponentially then.
@@ -105,13 +110,13 @@ class StepGuard(Callback):
             loss /= self._trainer.world_size
         magnitude = loss.abs().float()
         mean, count = torch.as_tensor(
-            self._levels.get(level, (0.0, 0.0)), dtype=torch.float32, device=loss.device
+            self._levels.get(update, (0.0, 0.0)), dtype=torch.float32, device=loss.device
         )
         is_spike = (magnitude > self.factor * mean) & (count >= self.memory_steps) & is_finite
         is_usual = is_finite & magnitude.isfinite() & ~is_spike
         later = count + is_usual
         moved = mean + (magnitude - mean) / later.clamp(1, self.memory_steps)
-        self._levels[level] = torch.stack([torch.where(is_usual, moved, mean), later])
+        self._levels[update] = torch.stack([torch.where(is_usual, moved, mean), later])
         return is_spike, mean
 
     @property
@@ -161,11 +166,11 @@ class StepGuard(Callback):
                 setting = f"trainer.guard.spike.factor={self.factor}"
                 raise self._diverged(setting, what, "trainer.guard.spike.action=skip")
         if is_finite and jump is None:
-            self.skipped_in_a_row[judged.part] = 0
+            self.skipped_in_a_row[judged.update] = 0
             return
         self.num_skipped[judged.part] += 1
-        self.skipped_in_a_row[judged.part] += 1
-        if self.skipped_in_a_row[judged.part] > self.max_skips:
+        self.skipped_in_a_row[judged.update] += 1
+        if self.skipped_in_a_row[judged.update] > self.max_skips:
             what = f"more steps than that in a row were left out; {what}"
             raise self._diverged(f"trainer.guard.max_skips={self.max_skips}", what, "a larger one")
 
@@ -194,6 +199,10 @@ class StepGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.num_skipped = Counter(state_dict["num_skipped"])
-        self.skipped_in_a_row = Counter(state_dict["skipped_in_a_row"])
-        levels = state_dict["levels"].items()  # of earlier versions, by part alone
-        self._levels = {k if "/" in k else f"{k}/1": level for k, level in levels}
+        self.skipped_in_a_row = Counter(_by_update(state_dict["skipped_in_a_row"]))
+        self._levels = _by_update(state_dict["levels"])
+
+
+def _by_update(state: Mapping[str, Any]) -> dict[str, Any]:
+    """State that earlier versions kept by part alone."""
+    return {name if "/" in name else f"{name}/1": value for name, value in state.items()}
