@@ -1,9 +1,11 @@
 """Where a run lives: in a local folder, or in an object store, with a local folder to work in."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -12,6 +14,8 @@ from launch.object_store import ObjectStore, is_url
 from launch.run_directory import RunDirectory
 from launch.stored_files import checkpoints_in, read_last_of
 from launch.uploads import Uploads
+
+POLL_S = 0.5
 
 
 class Home:
@@ -59,14 +63,14 @@ class StoreHome(Home):
         """
         with self.uploads.running() if self.is_rank_zero else nullcontext():
             yield
-        _wait_for_all_ranks()
+        _wait_for_all_ranks("training")
 
     @contextmanager
     def completed_at_end(self) -> Iterator[None]:
         """Complete the upload; ranks end together."""
         with self.uploads.completed_at_end() if self.is_rank_zero else nullcontext():
             yield
-        _wait_for_all_ranks()
+        _wait_for_all_ranks("all")
 
 
 def home_of(run: RunDirectory, config: DictConfig) -> Home:
@@ -152,10 +156,22 @@ def _no_such_run(name: str, runs_dir: str, known: list[str]) -> ValueError:
     return ValueError(f"run={name} -> no such run in {runs_dir}/ -> there are: {names}")
 
 
-def _wait_for_all_ranks() -> None:
+def _wait_for_all_ranks(after: str) -> None:
+    """Wait for rank 0, however long it uploads after something, and then for one another.
+
+    A collective would give up after `trainer.timeout_s`. The store ends with rank 0, or with the
+    agent that ends all ranks if rank 0 fails.
+    """
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
 
-    if dist.is_initialized():
-        is_nccl = dist.get_backend() == "nccl"
-        dist.barrier(device_ids=[torch.cuda.current_device()] if is_nccl else None)
+    if not dist.is_initialized():
+        return
+    store: Any = _get_default_store()
+    if dist.get_rank() == 0:
+        store.set(f"uploaded/{after}", "")
+    while not store.check([f"uploaded/{after}"]):
+        time.sleep(POLL_S)
+    is_nccl = dist.get_backend() == "nccl"
+    dist.barrier(device_ids=[torch.cuda.current_device()] if is_nccl else None)

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from benchmarks.cells import start_ranks
 from launch.object_store import ObjectStore
 from launch.stored_files import is_store_ahead
 from launch.uploads import Uploads
@@ -155,3 +156,10 @@ def test_two_writers_are_told_of_each_other(run, tmp_path, capfd):
     run.save(30)
     uploads.push()
     assert "step-00000020, which this process has not written" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_an_upload_that_takes_longer_than_collectives_may(tmp_path):
+    start_ranks("tests.launch.upload_ranks", [str(tmp_path)], 2)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {f"{rank}.{what}" for rank in range(2) for what in ("trained", "done")}
