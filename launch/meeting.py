@@ -21,8 +21,8 @@ from launch.rendezvous import connect
 PATIENCE_S = 60.0
 """How long a rank may give no sign of life; it gives one every second."""
 POLL_S = 0.1
-FAREWELL_S = 1.0
-"""For the others to read why rank 0 ends: the store may end with its process."""
+FAREWELL_S = 5.0
+"""Most seconds for the others to read why rank 0 ends: the store may end with its process."""
 Facts = Mapping[str, str]
 
 
@@ -85,11 +85,23 @@ class Meeting:
                 reason = f"rank {self.rank} on {host()} has ended: {error}"
                 with suppress(RuntimeError):  # who holds the store is gone
                     self.store.compare_set("ended", "", reason)
+                    self._leave()
             if self.is_first:
-                time.sleep(FAREWELL_S)
+                self._stay_for_others()
             raise
         finally:
             self._is_over.set()
+
+    def _leave(self) -> None:
+        self.store.set(f"left/{self.rank}", "")
+
+    def _stay_for_others(self) -> None:
+        """Wait for those that leave, too; who trains already does not hear of it here."""
+        deadline = time.monotonic() + FAREWELL_S
+        others = [f"left/{rank}" for rank in range(1, self.num_ranks)]
+        with suppress(RuntimeError):
+            while time.monotonic() < deadline and not self.store.check(others):
+                time.sleep(POLL_S)
 
     def _beat(self) -> None:
         count = 0
@@ -109,6 +121,7 @@ class Meeting:
                 if self.store.check([key]):
                     return json.loads(self.store.get(key))
                 if has_ended:
+                    self._leave()
                     raise AbsentError(self.store.get("ended").decode())
                 alive = f"beat/{rank}"
                 beat = self.store.get(alive).decode() if self.store.check([alive]) else ""

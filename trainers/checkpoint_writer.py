@@ -241,25 +241,34 @@ class CheckpointDirectory(CheckpointIO):
         return [parts[rank] for rank in range(num_ranks)]
 
 
+class GivenUpError(ValueError):
+    """Rank 0 does not finish a save, and says why."""
+
+
 @contextlib.contextmanager
 def _refusals_named(save: Save, rank: int) -> Iterator[None]:
     """Remove what was written, and say what can be done where the file system refused.
 
-    Rank 0 removes everything. Another rank leaves what others are writing: they would fail for want
-    of the directory, and their reason might be taken for the run's.
+    Rank 0 removes everything. Another rank leaves what others are writing, and does not take for a
+    reason of its own that the directory is gone.
     """
     try:
         yield
     except BaseException as caught:
-        is_given_up = rank and isinstance(caught, FileNotFoundError) and not save.scratch.exists()
-        error = OSError("rank 0 has given it up") if is_given_up else caught
+        # Made while it was removed, it exists for one call and does not for the next.
+        is_missed = isinstance(caught, FileNotFoundError | FileExistsError)
+        if rank and is_missed and not save.scratch.exists():
+            raise GivenUpError(
+                f"runs_dir -> the checkpoint {save.path} is not written: rank 0 has given it up -> "
+                "its output says why"
+            ) from caught
         remove_files(save, rank)
-        if not isinstance(error, OSError):
+        if not isinstance(caught, OSError):
             raise
         there = next(path for path in save.path.absolute().parents if path.is_dir())
         free = shutil.disk_usage(there).free / 2**20
         raise ValueError(
-            f"runs_dir -> the checkpoint {save.path} could not be written ({error}; "
+            f"runs_dir -> the checkpoint {save.path} could not be written ({caught}; "
             f"{free:.0f} MiB free there) -> make room or lower checkpoints.keep_last, then run the "
             f"same command again: it continues from {read_last(save.path.parent) or 'the start'}"
-        ) from error
+        ) from caught

@@ -16,7 +16,7 @@ from tests.cluster.hosts import Hosts
 from tests.cluster.runs import Run
 
 ROOT = Path(__file__).parent.parent.parent
-WAIT_S = 150
+WAIT_S = 600
 NUM_STEPS = 30
 OVERRIDES = [
     "batch_samples=12",  # for 1, 2 and 3 ranks
@@ -121,9 +121,9 @@ class ElasticRun(Run):
         """The ranks of a host, without what has started them."""
         if self.hosts is None:
             found = psutil.Process(self.processes[host].pid).children(recursive=True)
-            return [each for each in found if "launch.rank" in each.cmdline()]
+            return [each for each in found if "launch.rank" in words_of(each)]
         found = self.hosts.processes(host, "launch.train")
-        return [each for each in found if "-u" in each.cmdline() or "-P" in each.cmdline()]
+        return [each for each in found if {"-u", "-P"} & {*words_of(each)}]
 
     def starter(self, host: str) -> psutil.Process:
         """What has started the ranks of a host."""
@@ -131,3 +131,11 @@ class ElasticRun(Run):
         ranks = {each.pid for each in self.ranks(host)}
         found = self.hosts.processes(host, "launch.train")
         return next(each for each in found if each.pid not in ranks)
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    """The command line of a process; nothing of one that has ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []

@@ -9,7 +9,7 @@ from launch.run_directory import RunDirectory
 from tests.cluster.journal import Samples, read_launches, what_counts
 from tests.cluster.slurm_cluster import ENDED, SlurmCluster, wait_until
 from tests.cluster.wandb_files import history_steps
-from trainers.checkpoint import load_weights
+from trainers.checkpoint import load_weights, read_last
 from trainers.metrics import read_metrics
 
 
@@ -79,6 +79,10 @@ class Job(Run):
             return max(self.losses, default=0) >= step
 
         wait_until(is_there, f"step {step} of {self.path}")
+
+    def wait_for_save(self) -> None:
+        """Wait until there is a checkpoint to continue from."""
+        wait_until(lambda: read_last(self.path / "checkpoints") is not None, "a checkpoint")
 
     def finish(self) -> None:
         """Wait until the job has done its work."""

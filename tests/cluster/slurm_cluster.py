@@ -1,5 +1,6 @@
 """A real Slurm cluster of two nodes on this machine, and what may happen to it."""
 
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -84,8 +85,11 @@ class SlurmCluster:
 
     def facts(self, job: str) -> dict[str, str]:
         """All that Slurm says of a job: `Restarts`, `Reason`, `NodeList`, ..."""
-        said = self._run("scontrol", "show", "job", "--oneliner", job).split()
-        return dict(word.split("=", 1) for word in said if "=" in word)
+        said = ""
+        while not said:
+            with contextlib.suppress(BusyError):
+                said = self._run("scontrol", "show", "job", "--oneliner", job)
+        return dict(word.split("=", 1) for word in said.split() if "=" in word)
 
     def wait_for(self, job: str, state: str) -> None:
         """Wait until a job is in a state.
@@ -128,8 +132,11 @@ class SlurmCluster:
 
     def programs(self, node: str) -> list[str]:
         """The command lines of all processes of a node."""
-        found = self._process(node).children(recursive=True)
-        return [" ".join(each.cmdline()) for each in found if each.is_running()]
+        found = []
+        for each in self._process(node).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ends meanwhile
+                found.append(" ".join(each.cmdline()))
+        return found
 
     def heal(self) -> None:
         """Start broken nodes afresh, as an administrator would."""
@@ -155,8 +162,15 @@ class SlurmCluster:
 
     def _run(self, *command: str) -> str:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+        said = f"{' '.join(command)}: {done.stdout}{done.stderr}"
+        if done.returncode != 0 and "timed out" in said:
+            raise BusyError(said)
+        assert done.returncode == 0, said
         return done.stdout
+
+
+class BusyError(AssertionError):
+    """Slurm has not answered in time."""
 
 
 def is_over(process: psutil.Process) -> bool:

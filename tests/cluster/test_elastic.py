@@ -3,11 +3,11 @@
 import pytest
 
 from launch import runtime
-from tests.cluster.elastic_runs import NUM_STEPS, ElasticRun
+from tests.cluster.elastic_runs import NUM_STEPS, WAIT_S, ElasticRun
 from tests.cluster.journal import in_order, what_counts
 from tests.cluster.runs import assert_same_training
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def test_run_shrinks_when_a_host_dies_and_grows_when_it_is_back(run, undisturbed
         run.torchrun(host, nodes="1:3", max_restarts=3)
     run.wait_until(lambda: run.step >= 6, "step 6 on three hosts")
     run.hosts.crash("host3")
+    run.linger(5)  # so that it is not done when the host is back
     come_to(run, 3, 2)
     assert "rank 2 on host3 has not been heard of since step" in run.output("host1")
-    run.linger(2)
     before = run.step
     run.wait_until(lambda: run.step > before, "a step on two")
     run.hosts.boot("host3")
@@ -91,9 +91,9 @@ def test_host_leaves_our_own_command_and_comes_back(run, undisturbed):
         start(host)
     run.wait_until(lambda: run.step >= 6, "step 6 on two hosts")
     run.starter("host2").terminate()
-    assert run.processes["host2"].wait(100) == runtime.PREEMPTED
+    assert run.processes["host2"].wait(WAIT_S) == runtime.PREEMPTED
+    run.linger(5)
     come_to(run, 2, 1)
-    run.linger(2)
     start("host2")
     come_to(run, 2, 1, 2)
     run.linger(0)

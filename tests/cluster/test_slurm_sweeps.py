@@ -28,7 +28,7 @@ def start_sweep(cluster, small_settings, command, tmp_path):
     """Start a sweep of four jobs of two nodes; the third fails in its ranks."""
     settings = [each for each in small_settings if not each.startswith("run.name")]
     # Else a job would end between two looks at the queue.
-    slow = f"{{_target_: {JOURNAL}, folder: {tmp_path / 'journal'}, linger_s: 0.5, linger_from: 7}}"
+    slow = f"{{_target_: {JOURNAL}, folder: {tmp_path / 'journal'}, linger_s: 1.5, linger_from: 7}}"
     settings.append(f"+trainer.callbacks.journal={slow}")
     started = []
 

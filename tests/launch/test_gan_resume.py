@@ -107,7 +107,7 @@ def test_gan_that_lost_its_optimizers_is_another(whole, resume, monkeypatch):
 
 @pytest.mark.slow  # a GPT that is killed is in every day's tests
 def test_killed_gan_ends_with_the_same_bits(settings, train, start, tmp_path):
-    long = [*settings, f"runs_dir={tmp_path}", "max_steps=40", "checkpoints.every_steps=5"]
+    long = [*settings, f"runs_dir={tmp_path}", "max_steps=80", "checkpoints.every_steps=5"]
     whole = train(*long, "run.name=whole")
     step = random.randint(6, 25)
     print(f"killed after step {step}")

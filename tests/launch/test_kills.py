@@ -28,7 +28,7 @@ def test_run_survives_many_kills(small_run, train, start):
         if not attempt:
             wait_for_directory(process, killed_path)
         elif start_up_s and random.random() < 0.25:
-            time.sleep(random.uniform(0, start_up_s))  # while it starts or reads its checkpoint
+            wait_while_it_starts(killed_path, random.uniform(0, start_up_s))
         else:
             start_up_s = wait_for_instant(process, killed_path, start.wait)
         process.kill()
@@ -65,6 +65,13 @@ def wait_for_instant(process, run_path, wait):
     seconds_per_step = (time.monotonic() - stepping) / (advance - 1)
     time.sleep(random.uniform(0, seconds_per_step))
     return stepping - began
+
+
+def wait_while_it_starts(run_path, seconds):
+    """Wait so long, or less where it starts sooner than before and comes as far as others."""
+    deadline, step = time.monotonic() + seconds, last_step(run_path)
+    while time.monotonic() < deadline and last_step(run_path) < step + ADVANCE:
+        time.sleep(0.01)
 
 
 def last_step(run_path):

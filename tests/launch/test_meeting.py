@@ -83,6 +83,34 @@ def test_error_of_one_rank_ends_those_that_wait(stores):
     assert isinstance(told[1], AbsentError)
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_rank_zero_ends_when_all_have_read_why_or_one_does_not_come(stores, monkeypatch, is_late):
+    """They read it in the store, which may end with rank 0."""
+    monkeypatch.setattr(meeting, "FAREWELL_S", 0.3 if is_late else 600.0)
+    has_ended = threading.Event()
+
+    def attend(rank, work):
+        with Meeting(stores[rank], rank, NUM_RANKS, TIMEOUT_S).attended() as met:
+            work(met)
+
+    def fail(met):
+        raise ValueError("run.name=x -> it is taken")
+
+    def lead():
+        with pytest.raises(ValueError, match="taken"):
+            attend(0, fail)
+        has_ended.set()
+
+    leading = threading.Thread(target=lead)
+    leading.start()
+    with pytest.raises(AbsentError, match="it is taken"):
+        attend(1, Meeting.hear)
+    assert has_ended.wait(timeout=600 if is_late else 0.5) == is_late
+    with pytest.raises(AbsentError, match="it is taken"):
+        attend(2, Meeting.hear)
+    leading.join()
+
+
 @pytest.mark.parametrize(("beat", "seconds"), [(None, 1), ("1", 0)], ids=["absent", "silent"])
 def test_rank_without_signs_of_life_is_not_waited_for(stores, monkeypatch, beat, seconds):
     monkeypatch.setattr(meeting, "PATIENCE_S", 0.3)

@@ -53,7 +53,8 @@ def kill_during_upload(store, begin, name):
         key.endswith(name) and last_checkpoint() != "" and whole_checkpoints() > before
     )
     process = begin()
-    assert store.stalled.wait(120), process.communicate()[0]
+    while not store.stalled.wait(1):
+        assert process.poll() is None, process.communicate()[0]
     process.kill()
     printed = process.communicate()[0]
     store.stalls = lambda key: False

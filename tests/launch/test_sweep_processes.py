@@ -60,11 +60,15 @@ def when(condition, then):
     """Do something in a thread once a condition holds."""
 
     def wait():
-        while not condition():
-            time.sleep(0.02)
+        wait_for(condition)
         then()
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def wait_for(condition):
+    while not condition():
+        time.sleep(0.02)
 
 
 def test_failed_job_does_not_stop_the_others(sweep, job):
@@ -138,12 +142,13 @@ def test_signal_is_passed_on_once_and_no_job_begins_after_it(sweep, job):
 
 def test_signal_that_comes_again_lets_a_job_save(sweep, job, tmp_path):
     jobs = [job("a", loss=1, wait=tmp_path / "saved", deaf=1)]
-    path = Path(jobs[0][0].directory, "starts.jsonl")
+    path, heard = (Path(jobs[0][0].directory, name) for name in ("starts.jsonl", "stopped"))
 
     def stop_twice():
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(heard.exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
         (tmp_path / "saved").touch()
 
     when(path.exists, stop_twice)
@@ -154,11 +159,11 @@ def test_signal_that_comes_again_lets_a_job_save(sweep, job, tmp_path):
 
 def test_second_ctrl_c_kills_a_job_that_does_not_end(sweep, job):
     jobs = [job("a", loss=1, wait="never", deaf=1)]
-    path = Path(jobs[0][0].directory, "starts.jsonl")
+    path, heard = (Path(jobs[0][0].directory, name) for name in ("starts.jsonl", "stopped"))
 
     def interrupt_twice():
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)
+        wait_for(heard.exists)
         os.kill(os.getpid(), signal.SIGINT)
 
     when(path.exists, interrupt_twice)

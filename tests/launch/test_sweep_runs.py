@@ -11,6 +11,8 @@ import pytest
 from launch.run_directory import RunDirectory
 from tests.launch.watched_sweep import WatchedSweep
 
+ROOT = Path(__file__).parents[2]
+JOURNAL = "tests.cluster.journal.Journal"
 LR = "module.optimizer.lr"
 RATES = ("0.001", "0.01", "1e+30", "0.003")  # the third diverges
 
@@ -33,12 +35,16 @@ def wait_until(condition, seconds=240):
 
 
 @pytest.fixture
-def sweep_command(small_settings, command, tmp_path):
+def sweep_command(small_settings, command, tmp_path, monkeypatch):
     """A sweep of four jobs of two ranks, the third of which fails in its ranks."""
     settings = [each for each in small_settings if not each.startswith("run.name")]
+    # Else a job might end between two looks at it.
+    slow = f"{{_target_: {JOURNAL}, folder: {tmp_path / 'journal'}, linger_s: 1, linger_from: 7}}"
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return command(
         "train", "-m", *settings, f"runs_dir={tmp_path / 'runs'}", "sweep.name=rates",
         "strategy=ddp", "trainer.devices=2", "module.network.dropout=0", f"{LR}={','.join(RATES)}",
+        f"+trainer.callbacks.journal={slow}",
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from launch.object_store import ObjectStore
 from launch.run_directory import RunDirectory
@@ -29,7 +30,8 @@ def long_upload() -> Iterator[None]:
 def main(folder: Path) -> None:
     """Leave `<rank>.done` once all is uploaded."""
     rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVES_WAIT_S))
+    dist.init_process_group("gloo")
+    _set_pg_timeout(timedelta(seconds=COLLECTIVES_WAIT_S), dist.group.WORLD)
     home = StoreHome(RunDirectory(folder / "run"), ObjectStore("memory://runs/run"))
     home.uploads = SimpleNamespace(running=long_upload, completed_at_end=long_upload)  # pyright: ignore[reportAttributeAccessIssue]
     with home.completed_at_end():

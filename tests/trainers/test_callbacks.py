@@ -13,6 +13,7 @@ from trainers.callbacks.randomness import KeyedRandomness
 from trainers.callbacks.step_guard import StepGuard
 from trainers.callbacks.step_metrics import PEAK_FLOPS, peak_flops
 from trainers.callbacks.step_vote import StepVote
+from trainers.checkpoint_writer import GivenUpError
 from trainers.heartbeats import Heartbeats, blame
 
 SPIKE = {"factor": None, "action": "stop", "memory_steps": 100}
@@ -238,6 +239,32 @@ def test_reason_of_the_first_rank_to_fail_is_that_of_its_peers(three_dogs):
     third.on_exception(third.trainer, None, ValueError("of its own, and later"))
     reason = "rank 2 failed at step 0: RuntimeError: out of patience"
     assert (first.reports, second.reports, third.reports) == ([reason], [reason], [])
+
+
+def test_rank_left_alone_with_a_checkpoint_reports_why(three_dogs, monkeypatch):
+    first, second, _ = three_dogs
+    given_up = GivenUpError("runs_dir -> step-4 is not written -> ...")
+
+    def fail_now(seconds):  # while the other listens
+        first.on_exception(first.trainer, None, ValueError("No space left on device"))
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=fail_now)
+    monkeypatch.setattr(heartbeats, "time", clock)
+    second.on_exception(second.trainer, None, given_up)
+    reason = "rank 0 failed at step 0: ValueError: No space left on device"
+    assert (first.reports, second.reports) == ([], [reason])  # rank 0 writes its own
+
+
+def test_rank_left_alone_without_a_reason_reports_that(three_dogs, monkeypatch):
+    def all_live(seconds):
+        for dog in three_dogs:
+            dog._beats.publish(record([1, 0], beat=2))
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=all_live)
+    monkeypatch.setattr(heartbeats, "time", clock)
+    second = three_dogs[1]
+    second.on_exception(second.trainer, None, GivenUpError("runs_dir -> why -> what"))
+    assert second.reports == ["rank 1 failed at step 0: GivenUpError: runs_dir -> why -> what"]
 
 
 def test_rank_too_late_for_a_collective_is_named(three_dogs, monkeypatch):

@@ -10,6 +10,7 @@ from tests.trainers.checkpoint_saves import at_once, held_by, ranks, save_as_a_r
 from trainers import checkpoint_parts, checkpoint_writer, durable_files
 from trainers.checkpoint import load_weights, open_checkpoint, read_last, verify
 from trainers.checkpoint_parts import merge
+from trainers.checkpoint_writer import GivenUpError
 from trainers.stored_tensors import Run
 
 
@@ -153,7 +154,7 @@ def test_rank_whose_disk_is_full_fails_and_nothing_is_moved(full, tmp_path, monk
         writers[full].wait()
     writers[1].abandon()
     if full == 0:
-        with pytest.raises(ValueError, match="rank 0 has given it up"):
+        with pytest.raises(GivenUpError, match="rank 0 has given it up"):
             writers[1].wait()
     else:
         writers[0].abandon()

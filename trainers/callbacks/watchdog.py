@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from trainers.callbacks.preemption import PreemptedError
+from trainers.checkpoint_writer import GivenUpError
 from trainers.heartbeats import Heartbeats, Record, blame, locate, name_rank
 
 BEAT_S = 1.0
@@ -44,7 +45,8 @@ class Watchdog(Callback):
     For a rank that is silent for a minute nobody waits longer than that.
 
     The first rank that fails by itself leaves its reason in the store. Those that lose the
-    connection to it, or to a rank that was killed, report that reason and not their own.
+    connection to it, or to a rank that was killed, report that reason and not their own, and so do
+    those that it leaves alone with a checkpoint.
 
     Args:
         timeout_s: Seconds that training may take from one sign of progress (a forward pass, a
@@ -147,16 +149,19 @@ class Watchdog(Callback):
         self._has_ended.set()
 
     def _explain(self, trainer: Trainer, error: Exception) -> None:
-        if not _is_lost_connection(error):
-            reason = str(error)
-            if not isinstance(error, FloatingPointError):  # which all ranks find together
-                reason = f"{type(error).__name__}: {reason}"
-                reason = f"{self._own_name} failed at step {self._step}: {reason}"
-            if self._beats.tell(reason) and trainer.global_rank > 0:  # rank 0 writes its own
+        is_lost = _is_lost_connection(error)
+        if is_lost or isinstance(error, GivenUpError):  # then another rank knows why
+            if reason := self._find_cause(is_late="timed out" in str(error).lower()):
+                self._beats.tell(reason)
+                print(f"error: {reason}", file=sys.stderr, flush=True)
                 self.report(reason, self._step)
-        elif reason := self._find_cause(is_late="timed out" in str(error).lower()):
-            self._beats.tell(reason)
-            print(f"error: {reason}", file=sys.stderr, flush=True)
+            if reason or is_lost:
+                return
+        reason = str(error)
+        if not isinstance(error, FloatingPointError):  # which all ranks find together
+            reason = f"{type(error).__name__}: {reason}"
+            reason = f"{self._own_name} failed at step {self._step}: {reason}"
+        if self._beats.tell(reason) and trainer.global_rank > 0:  # rank 0 writes its own
             self.report(reason, self._step)
 
     def _find_cause(self, is_late: bool) -> str | None:
