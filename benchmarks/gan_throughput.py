@@ -44,7 +44,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.gan_peers import ExampleSide, OurRoundSide, PlainSide
-from benchmarks.turns import clocks
+from benchmarks.turns import clocks, use_threads
 from launch import runtime
 from launch.completion import complete
 from launch.run_directory import RunDirectory
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="of a turn")
     parser.add_argument("--threads", type=int, default=2)
     options = vars(parser.parse_args())
-    torch.set_num_threads(options.pop("threads"))
+    use_threads(options.pop("threads"))
     runtime.quiet_libraries()
     with tempfile.TemporaryDirectory() as name:
         taken = compete(Path(name), **options)

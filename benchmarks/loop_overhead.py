@@ -37,6 +37,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from benchmarks.turns import use_threads
 from launch import runtime
 from launch.completion import complete
 from trainers.build import build_trainer
@@ -242,7 +243,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps % TURN_STEPS or options.steps < 2 * TURN_STEPS:
         parser.error(f"--steps={options.steps}: give a multiple of {TURN_STEPS}, at least two")
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     runtime.quiet_libraries()
     with tempfile.TemporaryDirectory() as name:
         write_text((folder := Path(name)) / "input.txt")

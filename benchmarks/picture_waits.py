@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from omegaconf import open_dict
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gan_throughput import BATCH, RESOLUTIONS, compose_run, train
+from benchmarks.turns import use_threads
 from launch import runtime
 from trainers.callbacks.pictures import Pictures
 
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="of a stretch")
     parser.add_argument("--threads", type=int, default=2)
     options = vars(parser.parse_args())
-    torch.set_num_threads(options.pop("threads"))
+    use_threads(options.pop("threads"))
     runtime.quiet_libraries()
     with tempfile.TemporaryDirectory() as name:
         taken = measure(Path(name), **options)

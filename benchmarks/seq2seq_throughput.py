@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback, TrainingArguments
 from transformers import Trainer as PeerTrainer
 
-from benchmarks.turns import clocks
+from benchmarks.turns import clocks, use_threads
 from datamodules.batch import IGNORED, PairBatch
 from launch import runtime
 from trainers.batch_plan import plan_run
@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--turn-steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = vars(parser.parse_args())
-    torch.set_num_threads(options.pop("threads"))
+    use_threads(options.pop("threads"))
     runtime.quiet_libraries()
     with tempfile.TemporaryDirectory() as name:
         taken = compete(Path(name), **options)

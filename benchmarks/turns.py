@@ -4,6 +4,7 @@ Imported by the processes of other libraries as well, whose environment may hold
 numpy, torch and xxhash.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -57,6 +58,12 @@ def clocks() -> torch.Tensor:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
+
+
+def use_threads(count: int) -> None:
+    """Let torch use so many, also once Lightning has started, which else sets them anew."""
+    torch.set_num_threads(count)
+    os.environ["OMP_NUM_THREADS"] = str(count)
 
 
 def touch_tokens(batch: Tokens) -> tuple[int, int]:

@@ -7,7 +7,7 @@ not a token.
 import json
 import logging
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,11 @@ from datamodules.regions import Place, Regions
 from datamodules.tar import BadSampleError, StoredSample, check_members, read_samples
 
 PARSED_BYTES = 64 * 2**20
-"""Bound on the memory that parsed blocks may take in a process."""
-_ENTRY_BYTES = 600  # of a sample with its names and two members, as `sys.getsizeof` adds them up
-
-KEPT_SAMPLES = 1024
-"""Samples of a block up to which they are kept as parsed. Of more only the places are kept, and the
-headers read again: 64 lanes may mix some 200 blocks at a time, which must all stay parsed, or a
-whole block is parsed for each sample."""
+"""Bound on the memory that parsed blocks may take in a process. Where it is too little, the oldest
+lose first what headers say, which are then read again for each sample, and last the places of their
+samples: 64 lanes may mix some 300 blocks at a time, and without places a whole block is parsed for
+each sample."""
+_ENTRY_BYTES = 800  # of a sample with its names and two members, as `tracemalloc` counts them
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +76,7 @@ class ShardReader:
         self.regions = Regions(index, cache, accept_bad=bad_samples.action == "substitute")
         self._block_ends = np.cumsum(index.blocks[:, 0], dtype=np.int64)
         self._parsed: OrderedDict[int, _Block] = OrderedDict()
+        self._with_headers: deque[_Block] = deque()
         self._parsed_bytes = 0
         self._substitutes: dict[int, int] = {}
         self._row = new_row()
@@ -191,10 +190,12 @@ class ShardReader:
             )
         starts = array("q", [sample.start for sample in samples])
         starts.extend(sample.stop for sample in samples[-1:])
-        kept = samples if len(samples) <= KEPT_SAMPLES else []
         first = int(self._block_ends[block]) - expected
-        found = self._parsed[block] = _Block(first, starts, kept, problem, place)
+        found = self._parsed[block] = _Block(first, starts, samples, problem, place)
+        self._with_headers.append(found)
         self._parsed_bytes += found.num_bytes
+        while self._parsed_bytes > PARSED_BYTES and self._with_headers:
+            self._parsed_bytes -= self._with_headers.popleft().drop_headers()
         while self._parsed_bytes > PARSED_BYTES and len(self._parsed) > 1:
             self._parsed_bytes -= self._parsed.popitem(last=False)[1].num_bytes
         return found
@@ -248,14 +249,14 @@ class ShardReader:
         return {**self.__dict__, "_row": new_row()}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Block:
     """A block, and why the samples that it lacks are not among those found.
 
     Attributes:
         first: number of its first sample in the data set.
         starts: offsets of its samples in the region, and that of the last one's end.
-        samples: what their headers say; empty where they are too many.
+        samples: what their headers say; empty where that is dropped.
         problem: what is wrong with the block.
         place: of the block.
     """
@@ -270,6 +271,11 @@ class _Block:
     def num_bytes(self) -> int:
         """Memory that it takes, about."""
         return self.starts.itemsize * len(self.starts) + _ENTRY_BYTES * len(self.samples)
+
+    def drop_headers(self) -> int:
+        """Keep the places of samples alone; gives the memory that this frees, about."""
+        freed, self.samples = _ENTRY_BYTES * len(self.samples), []
+        return freed
 
 
 class _Window:

@@ -89,11 +89,11 @@ class MovingAverage(nn.Module):
         buffers: Iterable[tuple[str, Tensor]],
     ) -> None:
         """Move towards a generator's whole parameters, one at a time; copy its statistics."""
-        share = 1 - self.decay(images)
+        share, own = 1 - self.decay(images), dict(self.network.named_buffers())
         for name, value in parameters:
-            self.network.get_buffer(name).lerp_(value, share)
+            own[name].lerp_(value, share)
         for name, value in buffers:
-            self.network.get_buffer(name).copy_(value)
+            own[name].copy_(value)
 
     def imagine(self, keys: Tensor, labels: Tensor | None, truncation: float = 1.0) -> Tensor:
         """Make images, uint8 [B, C, H, W], of keys int64 [B] and labels int64 [B].

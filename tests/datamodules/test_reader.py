@@ -77,7 +77,28 @@ def test_reader_stays_within_its_bounds(
     for number in [*range(20), 3, 19]:
         reader.sample(number)
         assert len(reader.regions._shards) <= 2
-        assert len(reader._parsed) <= 2
+        assert sum(block.num_bytes for block in reader._parsed.values()) <= 99
+
+
+def test_headers_are_dropped_before_places(
+    make_dataset: Callable[..., Index], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = make_dataset(tmp_path / "train", [[100] * 4] * 5)
+    kept = ShardReader(index)
+    expected = [kept.sample(number) for number in range(20)]
+    assert all(block.samples for block in kept._parsed.values())
+    monkeypatch.setattr("datamodules.reader.PARSED_BYTES", 2000)  # two samples and all places
+    reader, parsed = ShardReader(index), []
+    read = read_samples
+    monkeypatch.setattr(
+        "datamodules.reader.read_samples",
+        lambda tar, start, stop: parsed.append(stop - start) or read(tar, start, stop),
+    )
+    for number in [*range(20), *range(20)]:
+        assert reader.sample(number) == expected[number]
+    assert len(reader._parsed) == len(index.blocks)
+    blocks = [size for size in parsed if size > expected[0][0].stop]
+    assert len(blocks) == len(index.blocks)  # each is parsed once
 
 
 def test_damaged_header_is_named(make_dataset: Callable[..., Index], tmp_path: Path) -> None:

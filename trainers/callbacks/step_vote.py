@@ -41,10 +41,12 @@ class StepVote(Callback):
         order = getattr(trainer.strategy, "gradient_order", None)
         fingerprint = order.fingerprint if order else 0
         answers = [int(ask()) for ask in self.questions.values()]
-        votes = torch.tensor([fingerprint, -fingerprint, *answers])
+        votes = [fingerprint, -fingerprint, *answers]
         if trainer.world_size > 1:
-            dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
-        highest, minus_lowest, *answers = votes.tolist()
+            together = torch.tensor(votes)
+            dist.all_reduce(together, dist.ReduceOp.MAX, group=self._group)
+            votes = together.tolist()
+        highest, minus_lowest, *answers = votes
         if highest != -minus_lowest:
             raise ValueError(
                 f"strategy -> at step {trainer.global_step} ranks have finished their gradients in "
