@@ -31,6 +31,7 @@ from trainers.callbacks.step_vote import StepVote
 from trainers.callbacks.watchdog import Report, Watchdog
 from trainers.checkpoint_parts import without_credentials
 from trainers.checkpoint_writer import CheckpointDirectory
+from trainers.freed_memory import keep_freed_memory
 from trainers.metrics import JsonLines, StampedLogger
 from trainers.slowest_rank import SlowestRank
 from trainers.spot_notices import SpotNotices
@@ -101,6 +102,8 @@ def build_trainer(
         slowest=SlowestRank(watchdog.name_of),
     )
     accelerator = resolve_accelerator(options["accelerator"])
+    if accelerator == "cpu":
+        keep_freed_memory()
     checkpointing = Checkpointing(directory / "checkpoints", **saves, guard=guard, vote=vote)
     loggers = [JsonLines(directory / "metrics.jsonl", resume_step=resume_step), *loggers]
     trainer = lightning.Trainer(
