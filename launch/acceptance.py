@@ -50,6 +50,7 @@ def _lead(run: RunDirectory, config: DictConfig, meeting: Meeting) -> Iterator[b
             yield True
             return
         meeting.compare("data", facts_of_data(config))
+        meeting.adjourn()
         with home.completed_at_end(), run.noting_failed_start():
             yield False
 

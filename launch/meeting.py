@@ -40,7 +40,7 @@ class Meeting:
         self.store, self.rank, self.num_ranks = store, rank, num_ranks
         self.timeout_s = timeout_s
         self.is_first = rank == 0
-        self._is_over = threading.Event()
+        self._is_over, self._is_adjourned = threading.Event(), False
 
     def compare(self, subject: str, facts: Facts) -> None:
         """Compare facts with those of rank 0; collective.
@@ -71,6 +71,10 @@ class Meeting:
         """Wait for the word of rank 0, which may prepare data for hours, as long as it lives."""
         return self._read("word", 0)
 
+    def adjourn(self) -> None:
+        """Training begins, and nobody reads here any more."""
+        self._is_adjourned = True
+
     @contextmanager
     def attended(self) -> Iterator["Meeting"]:
         """Give signs of life, and tell the others of an error."""
@@ -86,7 +90,7 @@ class Meeting:
                 with suppress(RuntimeError):  # who holds the store is gone
                     self.store.compare_set("ended", "", reason)
                     self._leave()
-            if self.is_first:
+            if self.is_first and not self._is_adjourned:
                 self._stay_for_others()
             raise
         finally:
@@ -96,7 +100,7 @@ class Meeting:
         self.store.set(f"left/{self.rank}", "")
 
     def _stay_for_others(self) -> None:
-        """Wait for those that leave, too; who trains already does not hear of it here."""
+        """Wait until the others have read why, as long as some may."""
         deadline = time.monotonic() + FAREWELL_S
         others = [f"left/{rank}" for rank in range(1, self.num_ranks)]
         with suppress(RuntimeError):
@@ -121,8 +125,9 @@ class Meeting:
                 if self.store.check([key]):
                     return json.loads(self.store.get(key))
                 if has_ended:
+                    reason = self.store.get("ended").decode()
                     self._leave()
-                    raise AbsentError(self.store.get("ended").decode())
+                    raise AbsentError(reason)
                 alive = f"beat/{rank}"
                 beat = self.store.get(alive).decode() if self.store.check([alive]) else ""
             except RuntimeError as error:

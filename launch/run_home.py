@@ -1,9 +1,10 @@
 """Where a run lives: in a local folder, or in an object store, with a local folder to work in."""
 
 import os
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from launch.run_directory import RunDirectory
 from launch.stored_files import checkpoints_in, read_last_of
 from launch.uploads import Uploads
 
-POLL_S = 0.5
+POLL_S, FAILED = 0.5, "failed"
 
 
 class Home:
@@ -61,16 +62,16 @@ class StoreHome(Home):
 
         Whoever has started them ends all soon after one of them has ended by a request to stop.
         """
-        with self.uploads.running() if self.is_rank_zero else nullcontext():
+        uploading = self.uploads.running() if self.is_rank_zero else nullcontext()
+        with _ending_together("training"), uploading:
             yield
-        _wait_for_all_ranks("training")
 
     @contextmanager
     def completed_at_end(self) -> Iterator[None]:
         """Complete the upload; ranks end together."""
-        with self.uploads.completed_at_end() if self.is_rank_zero else nullcontext():
+        completing = self.uploads.completed_at_end() if self.is_rank_zero else nullcontext()
+        with _ending_together("its last upload"), completing:
             yield
-        _wait_for_all_ranks("all")
 
 
 def home_of(run: RunDirectory, config: DictConfig) -> Home:
@@ -156,22 +157,43 @@ def _no_such_run(name: str, runs_dir: str, known: list[str]) -> ValueError:
     return ValueError(f"run={name} -> no such run in {runs_dir}/ -> there are: {names}")
 
 
-def _wait_for_all_ranks(after: str) -> None:
+@contextmanager
+def _ending_together(after: str) -> Iterator[None]:
     """Wait for rank 0, however long it uploads after something, and then for one another.
 
-    A collective would give up after `trainer.timeout_s`. The store ends with rank 0, or with the
-    agent that ends all ranks if rank 0 fails.
+    A collective would give up after `trainer.timeout_s`.
+
+    Raises:
+        ValueError: Rank 0 has failed meanwhile.
     """
+    key, is_first = f"ends/{after}", os.environ.get("RANK", "0") == "0"
+    try:
+        yield
+    except BaseException:
+        if is_first and (store := _store_of_ranks()) is not None:
+            with suppress(RuntimeError):  # who holds it is gone
+                store.set(key, FAILED)
+        raise
+    if (store := _store_of_ranks()) is None:
+        return
+    if is_first:
+        store.set(key, "done")
+    while not store.check([key]):
+        time.sleep(POLL_S)
+    if store.get(key).decode() == FAILED:
+        raise ValueError(f"rank 0 -> it has failed after {after} -> its output says why")
     import torch
+    import torch.distributed as dist
+
+    is_nccl = dist.get_backend() == "nccl"
+    dist.barrier(device_ids=[torch.cuda.current_device()] if is_nccl else None)
+
+
+def _store_of_ranks() -> Any:
+    """Where ranks that train tell each other something; None in other processes."""
+    if "torch" not in sys.modules:
+        return None
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _get_default_store
 
-    if not dist.is_initialized():
-        return
-    store: Any = _get_default_store()
-    if dist.get_rank() == 0:
-        store.set(f"uploaded/{after}", "")
-    while not store.check([f"uploaded/{after}"]):
-        time.sleep(POLL_S)
-    is_nccl = dist.get_backend() == "nccl"
-    dist.barrier(device_ids=[torch.cuda.current_device()] if is_nccl else None)
+    return _get_default_store() if dist.is_initialized() else None

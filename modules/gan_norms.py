@@ -153,8 +153,9 @@ class BatchNorm(WideBuffers):
             )
         # Set while autograd runs a backward pass: this forward is activation checkpointing's then.
         if torch._C._current_graph_task_id() == -1:
+            is_sound = mean.isfinite() & variance.isfinite()
             for average, moved in ((self.running_mean, mean), (self.running_var, variance)):
-                average.copy_(torch.where(moved.isfinite(), moved, average))
+                average.copy_(torch.where(is_sound, moved, average))
         return normalised
 
     def _normalise_together(self, x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:

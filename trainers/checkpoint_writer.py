@@ -255,9 +255,9 @@ def _refusals_named(save: Save, rank: int) -> Iterator[None]:
     try:
         yield
     except BaseException as caught:
-        # Made while it was removed, it exists for one call and does not for the next.
-        is_missed = isinstance(caught, FileNotFoundError | FileExistsError)
-        if rank and is_missed and not save.scratch.exists():
+        # Some errors for want of it have other names; and a third rank may make it again.
+        is_gone = isinstance(caught, OSError) and not save.scratch.exists()
+        if rank and (is_gone or isinstance(caught, FileNotFoundError)):
             raise GivenUpError(
                 f"runs_dir -> the checkpoint {save.path} is not written: rank 0 has given it up -> "
                 "its output says why"

@@ -23,7 +23,7 @@ GONE_S = 60.0
 """A rank that gives no sign of life for so long while others wait does not come back: its machine
 may have vanished without a word, and collectives would wait for it as long as they may."""
 
-STORE_TIMEOUT_S = 10.0
+STORE_TIMEOUT_S, POLL_S = 10.0, 0.1
 
 LIBRARIES = (f"{os.sep}site-packages{os.sep}", os.path.dirname(threading.__file__), "<frozen")
 
@@ -66,6 +66,13 @@ class Heartbeats:
     def told(self) -> str | None:
         """The reason that some rank has left, if one has."""
         return self._ask(lambda s: s.get("reason").decode() if s.check(["reason"]) else None)
+
+    def wait_to_be_told(self) -> str | None:
+        """Wait for a reason that another rank is about to leave; None where it leaves none."""
+        deadline = time.monotonic() + SILENCE_S
+        while (reason := self.told()) is None and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return reason
 
     def listen(self) -> tuple[dict[int, Record], list[int]]:
         """Listen for a while.

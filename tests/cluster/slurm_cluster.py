@@ -85,11 +85,15 @@ class SlurmCluster:
 
     def facts(self, job: str) -> dict[str, str]:
         """All that Slurm says of a job: `Restarts`, `Reason`, `NodeList`, ..."""
-        said = ""
-        while not said:
+        said: list[str] = []
+
+        def is_said() -> bool:
             with contextlib.suppress(BusyError):
-                said = self._run("scontrol", "show", "job", "--oneliner", job)
-        return dict(word.split("=", 1) for word in said.split() if "=" in word)
+                said.extend(self._run("scontrol", "show", "job", "--oneliner", job).split())
+            return bool(said)
+
+        wait_until(is_said, f"what Slurm says of job {job}")
+        return dict(word.split("=", 1) for word in said if "=" in word)
 
     def wait_for(self, job: str, state: str) -> None:
         """Wait until a job is in a state.
@@ -176,7 +180,7 @@ class BusyError(AssertionError):
 def is_over(process: psutil.Process) -> bool:
     """Whether a process has ended; nobody need have asked how."""
     try:
-        return process.status() == psutil.STATUS_ZOMBIE
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 

@@ -91,10 +91,12 @@ def is_training(programs: list[str]) -> bool:
     return any("python -m launch.train" in each for each in programs if not each.startswith("srun"))
 
 
-def assert_launches(run: Run, num_launches: int, is_saved: bool = True) -> None:
+def assert_launches(
+    run: Run, num_launches: int, *, is_saved: bool = True, may_be_more: bool = False
+) -> None:
     """Launches begin where those before them had stopped, or saved; W&B's one run has each step."""
     first, *others = [[*launch] for launch in run.launches]
-    assert len(others) == num_launches - 1
+    assert len(others) == num_launches - 1 or (may_be_more and len(others) >= num_launches)
     steps = first
     for later in others:
         assert 1 < later[0] <= steps[-1] + 1
@@ -123,9 +125,7 @@ def test_requeued_job_goes_on_where_it_was_stopped(slurm, submit, local):
 def test_run_saves_before_its_time_limit_and_asks_for_more(slurm, limited, local):
     limited.finish()
     assert_same_training(limited, local("ddp"), NUM_STEPS)
-    assert_launches(
-        limited, max(2, len(limited.launches))
-    )  # on a busy machine the limit comes again
+    assert_launches(limited, 2, may_be_more=True)  # on a busy machine the limit comes again
 
 
 @pytest.mark.parametrize("signal", ["USR1", "TERM"])

@@ -159,7 +159,11 @@ def test_two_writers_are_told_of_each_other(run, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_ranks_wait_for_an_upload_that_takes_longer_than_collectives_may(tmp_path):
-    start_ranks("tests.launch.upload_ranks", [str(tmp_path)], 2)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names >= {f"{rank}.{what}" for rank in range(2) for what in ("trained", "done")}
+@pytest.mark.parametrize(
+    ("case", "left"),
+    [("long", {"trained", "done"}), ("failed", {"failed"})],
+)
+def test_ranks_wait_for_rank_zero_however_long_it_uploads(tmp_path, case, left):
+    start_ranks("tests.launch.upload_ranks", [str(tmp_path), case], 2)
+    names = {path.name for path in tmp_path.iterdir()} - {"given_up"}
+    assert names == {f"{rank}.{what}" for rank in range(2) for what in left}

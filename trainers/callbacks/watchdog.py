@@ -149,14 +149,15 @@ class Watchdog(Callback):
         self._has_ended.set()
 
     def _explain(self, trainer: Trainer, error: Exception) -> None:
-        is_lost = _is_lost_connection(error)
-        if is_lost or isinstance(error, GivenUpError):  # then another rank knows why
+        if isinstance(error, GivenUpError) and (reason := self._beats.wait_to_be_told()):
+            self.report(reason, self._step)
+            return
+        if _is_lost_connection(error):
             if reason := self._find_cause(is_late="timed out" in str(error).lower()):
                 self._beats.tell(reason)
                 print(f"error: {reason}", file=sys.stderr, flush=True)
                 self.report(reason, self._step)
-            if reason or is_lost:
-                return
+            return
         reason = str(error)
         if not isinstance(error, FloatingPointError):  # which all ranks find together
             reason = f"{type(error).__name__}: {reason}"
