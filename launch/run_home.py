@@ -63,15 +63,46 @@ class StoreHome(Home):
         Whoever has started them ends all soon after one of them has ended by a request to stop.
         """
         uploading = self.uploads.running() if self.is_rank_zero else nullcontext()
-        with _ending_together("training"), uploading:
+        with self._ending_together("training"), uploading:
             yield
 
     @contextmanager
     def completed_at_end(self) -> Iterator[None]:
         """Complete the upload; ranks end together."""
         completing = self.uploads.completed_at_end() if self.is_rank_zero else nullcontext()
-        with _ending_together("its last upload"), completing:
+        with self._ending_together("its last upload"), completing:
             yield
+
+    @contextmanager
+    def _ending_together(self, after: str) -> Iterator[None]:
+        """Wait for rank 0, however long it uploads after something, and then for one another.
+
+        A collective would give up after `trainer.timeout_s`.
+
+        Raises:
+            ValueError: Rank 0 has failed meanwhile.
+        """
+        key = f"ends/{after}"
+        try:
+            yield
+        except BaseException:
+            if self.is_rank_zero and (store := _store_of_ranks()) is not None:
+                with suppress(RuntimeError):  # who holds it is gone
+                    store.set(key, FAILED)
+            raise
+        if (store := _store_of_ranks()) is None:
+            return
+        if self.is_rank_zero:
+            store.set(key, "done")
+        while not store.check([key]):
+            time.sleep(POLL_S)
+        if store.get(key).decode() == FAILED:
+            raise ValueError(f"rank 0 -> it has failed after {after} -> its output says why")
+        import torch
+        import torch.distributed as dist
+
+        is_nccl = dist.get_backend() == "nccl"
+        dist.barrier(device_ids=[torch.cuda.current_device()] if is_nccl else None)
 
 
 def home_of(run: RunDirectory, config: DictConfig) -> Home:
@@ -155,38 +186,6 @@ def _fetch_run(runs_dir: str, name: str, local: Path, which: tuple[str, ...]) ->
 def _no_such_run(name: str, runs_dir: str, known: list[str]) -> ValueError:
     names = ", ".join(known) or "none yet: train one first"
     return ValueError(f"run={name} -> no such run in {runs_dir}/ -> there are: {names}")
-
-
-@contextmanager
-def _ending_together(after: str) -> Iterator[None]:
-    """Wait for rank 0, however long it uploads after something, and then for one another.
-
-    A collective would give up after `trainer.timeout_s`.
-
-    Raises:
-        ValueError: Rank 0 has failed meanwhile.
-    """
-    key, is_first = f"ends/{after}", os.environ.get("RANK", "0") == "0"
-    try:
-        yield
-    except BaseException:
-        if is_first and (store := _store_of_ranks()) is not None:
-            with suppress(RuntimeError):  # who holds it is gone
-                store.set(key, FAILED)
-        raise
-    if (store := _store_of_ranks()) is None:
-        return
-    if is_first:
-        store.set(key, "done")
-    while not store.check([key]):
-        time.sleep(POLL_S)
-    if store.get(key).decode() == FAILED:
-        raise ValueError(f"rank 0 -> it has failed after {after} -> its output says why")
-    import torch
-    import torch.distributed as dist
-
-    is_nccl = dist.get_backend() == "nccl"
-    dist.barrier(device_ids=[torch.cuda.current_device()] if is_nccl else None)
 
 
 def _store_of_ranks() -> Any:
