@@ -63,6 +63,7 @@ def _follow(run: RunDirectory, config: DictConfig, meeting: Meeting) -> Iterator
         return
     complete(config, count_ranks(config))
     meeting.compare("data", facts_of_data(config))
+    meeting.adjourn()
     home, last = home_of(run, config), word["last"]
     home.pull(str(config.checkpoint), trains=True)
     wait_until(lambda: _last(run) == last, f"{run.path} with {last or 'no checkpoint'}")

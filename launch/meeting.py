@@ -22,7 +22,7 @@ PATIENCE_S = 60.0
 """How long a rank may give no sign of life; it gives one every second."""
 POLL_S = 0.1
 FAREWELL_S = 5.0
-"""Most seconds for the others to read why rank 0 ends: the store may end with its process."""
+"""Most seconds for the others to read what rank 0 said: the store may end with its process."""
 Facts = Mapping[str, str]
 
 
@@ -89,22 +89,19 @@ class Meeting:
                 reason = f"rank {self.rank} on {host()} has ended: {error}"
                 with suppress(RuntimeError):  # who holds the store is gone
                     self.store.compare_set("ended", "", reason)
-                    self._leave()
-            if self.is_first and not self._is_adjourned:
-                self._stay_for_others()
             raise
         finally:
+            if not self._is_adjourned:
+                self._part()
             self._is_over.set()
 
-    def _leave(self) -> None:
-        self.store.set(f"left/{self.rank}", "")
-
-    def _stay_for_others(self) -> None:
-        """Wait until the others have read why, as long as some may."""
+    def _part(self) -> None:
+        """Leave; rank 0 once the others have read its word, or why it ends, as long as some may."""
         deadline = time.monotonic() + FAREWELL_S
         others = [f"left/{rank}" for rank in range(1, self.num_ranks)]
-        with suppress(RuntimeError):
-            while time.monotonic() < deadline and not self.store.check(others):
+        with suppress(RuntimeError):  # who holds the store is gone
+            self.store.set(f"left/{self.rank}", "")
+            while self.is_first and not self.store.check(others) and time.monotonic() < deadline:
                 time.sleep(POLL_S)
 
     def _beat(self) -> None:
@@ -125,9 +122,7 @@ class Meeting:
                 if self.store.check([key]):
                     return json.loads(self.store.get(key))
                 if has_ended:
-                    reason = self.store.get("ended").decode()
-                    self._leave()
-                    raise AbsentError(reason)
+                    raise AbsentError(self.store.get("ended").decode())
                 alive = f"beat/{rank}"
                 beat = self.store.get(alive).decode() if self.store.check([alive]) else ""
             except RuntimeError as error:

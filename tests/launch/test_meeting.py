@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -83,32 +84,42 @@ def test_error_of_one_rank_ends_those_that_wait(stores):
     assert isinstance(told[1], AbsentError)
 
 
+@pytest.mark.parametrize("is_done", [False, True])
 @pytest.mark.parametrize("is_late", [False, True])
-def test_rank_zero_ends_when_all_have_read_why_or_one_does_not_come(stores, monkeypatch, is_late):
+def test_rank_zero_ends_when_all_have_read_why_or_one_does_not_come(
+    stores, monkeypatch, is_late, is_done
+):
     """They read it in the store, which may end with rank 0."""
     monkeypatch.setattr(meeting, "FAREWELL_S", 0.3 if is_late else 600.0)
     has_ended = threading.Event()
 
-    def attend(rank, work):
-        with Meeting(stores[rank], rank, NUM_RANKS, TIMEOUT_S).attended() as met:
-            work(met)
-
-    def fail(met):
-        raise ValueError("run.name=x -> it is taken")
-
     def lead():
-        with pytest.raises(ValueError, match="taken"):
-            attend(0, fail)
+        with suppress(ValueError), Meeting(stores[0], 0, NUM_RANKS, TIMEOUT_S).attended() as met:
+            if not is_done:
+                raise ValueError("run.name=x -> it is taken")
+            met.tell({"is_done": True})
         has_ended.set()
+
+    def follow(rank):
+        with Meeting(stores[rank], rank, NUM_RANKS, TIMEOUT_S).attended() as met:
+            if is_done:
+                assert met.hear() == {"is_done": True}
+            else:
+                with pytest.raises(AbsentError, match="it is taken"):
+                    met.hear()
 
     leading = threading.Thread(target=lead)
     leading.start()
-    with pytest.raises(AbsentError, match="it is taken"):
-        attend(1, Meeting.hear)
+    follow(1)
     assert has_ended.wait(timeout=600 if is_late else 0.5) == is_late
-    with pytest.raises(AbsentError, match="it is taken"):
-        attend(2, Meeting.hear)
+    follow(2)
     leading.join()
+
+
+def test_rank_zero_that_goes_on_to_train_waits_for_nobody_at_its_end(stores, monkeypatch):
+    monkeypatch.setattr(meeting, "FAREWELL_S", 600.0)
+    with Meeting(stores[0], 0, NUM_RANKS, TIMEOUT_S).attended() as met:
+        met.adjourn()
 
 
 @pytest.mark.parametrize(("beat", "seconds"), [(None, 1), ("1", 0)], ids=["absent", "silent"])
