@@ -30,6 +30,9 @@ CODES = {"done": DONE, "preempted": PREEMPTED, "failed": FAILED}
 AGENT_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 """What ends an agent, which passes it on to its ranks."""
 
+AGENT = "TRAINYARD_AGENT"
+"""Environment variable of ranks that our own command has started: the process that has."""
+
 LATE_S = 30.0
 """In which a rank 0 on another node has said how the run has ended."""
 
@@ -123,7 +126,7 @@ def _run_agent(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    before, status = dict(os.environ), run.status
+    before, status, owns_run = dict(os.environ), run.status, command[2] == "launch.rank"
     os.environ |= environment
     try:
         agent = LaunchConfig(
@@ -135,10 +138,11 @@ def _run_agent(
         with _agent_signals():
             elastic_launch(agent, sys.executable)(*command)
     except SignalException as error:
-        owns_run = command[2] == "launch.rank"
         return _code_after_signal(run, status, signal.Signals(error.sigval).name, owns_run)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if owns_run and failure.exitcode < 0 and _has_ended_well(run, status):
+            return CODES[run.status["state"]]
         return _code_after_failure(run, status, rank, failure.exitcode)
     finally:
         os.environ.clear()
@@ -176,6 +180,7 @@ def _rank_environment(num_ranks: int) -> dict[str, str]:
         # Seconds to finish a step and save in after a signal; torch 2.11 knows 30 only.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
         LAUNCHED_AT: str(launched_at()),
+        AGENT: str(os.getpid()),
     }
 
 
@@ -183,6 +188,12 @@ def python_path() -> str:
     """For `python -P`, which keeps the working folder from shadowing our packages."""
     home = str(Path(__file__).resolve().parent.parent)
     return os.pathsep.join(filter(None, [home, os.getcwd(), os.environ.get("PYTHONPATH", "")]))
+
+
+def _has_ended_well(run: RunDirectory, before: dict[str, Any]) -> bool:
+    """Whether a rank was killed when there was nothing left to do: all had saved together."""
+    status = run.status
+    return status != before and (status.get("state") == "done" or "asks_requeue" in status)
 
 
 def _code_after_failure(run: RunDirectory, before: dict[str, Any], rank: int, exitcode: int) -> int:
@@ -260,9 +271,12 @@ def _code_after_signal(run: RunDirectory, before: dict[str, Any], name: str, own
 
 
 def die_with_parent() -> None:
-    """Ask Linux to end this rank when the process that started it is killed."""
+    """Ask Linux to end this rank when the process that started it is killed, or end it now."""
     if sys.platform == "linux":
         import ctypes
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    parent = str(os.getppid())
+    if os.environ.get(AGENT, parent) != parent:  # killed already, and another may have the run
+        os._exit(1)

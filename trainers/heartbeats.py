@@ -44,6 +44,8 @@ class Heartbeats:
     def __init__(self, rank: int, num_ranks: int):
         self.rank, self.num_ranks = rank, num_ranks
         self._first: dict[int, Record] = {}  # of rank 0, as it was last read
+        self._reason: str | None = None  # as it was read: the store may end before this rank
+        self._silent: list[int] = []  # when they were last listened to
         self._heard: dict[int, tuple[Any, float]] = {}  # rank -> its last beat, and since when
         self._store: Store | None = None
         if num_ranks > 1:
@@ -53,19 +55,49 @@ class Heartbeats:
             self._store = PrefixStore("heartbeats", store)
 
     def publish(self, record: Record) -> None:
-        """Give a sign of life, and look at that of rank 0."""
-        self._ask(lambda store: store.set(str(self.rank), json.dumps(record)))
-        if self.rank:
-            self._first = self._ask(lambda store: self._read(store, [0])) or self._first
+        """Give a sign of life, look at that of rank 0, and for a reason to end."""
+
+        def exchange(store: Store) -> None:
+            store.set(str(self.rank), json.dumps(record))
+            if self.rank:
+                self._first = self._read(store, [0]) or self._first
+            self._hear(store)
+
+        self._ask(exchange)
 
     def tell(self, reason: str) -> bool:
         """Leave the reason for which the run fails; gives whether nobody was faster."""
-        told = self._ask(lambda store: store.compare_set("reason", "", reason))
-        return told in (None, reason.encode())
+
+        def leave(store: Store) -> bytes:
+            told = store.compare_set("reason", "", reason)
+            self._hear(store)
+            return told
+
+        return self._ask(leave) in (None, reason.encode())
 
     def told(self) -> str | None:
         """The reason that some rank has left, if one has."""
-        return self._ask(lambda s: s.get("reason").decode() if s.check(["reason"]) else None)
+        if self._reason is None:
+            self._ask(self._hear)
+        return self._reason
+
+    def stay_until_heard(self, timeout_s: float) -> None:
+        """Wait, as rank 0, until the others have read the reason: the store may end with it.
+
+        Args:
+            timeout_s: The most to wait. For those who were silent just now nobody waits.
+        """
+        others = {*range(1, self.num_ranks)} - {*self._silent}
+        if self.rank or not others or self.told() is None:
+            return
+        deadline, heard = time.monotonic() + timeout_s, [f"heard/{rank}" for rank in others]
+        while self._ask(lambda s: s.check(heard)) is False and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+
+    def _hear(self, store: Store) -> None:
+        if self._reason is None and store.check(["reason"]):
+            self._reason = store.get("reason").decode()
+            store.set(f"heard/{self.rank}", "")
 
     def wait_to_be_told(self) -> str | None:
         """Wait for a reason that another rank is about to leave; None where it leaves none."""
@@ -88,8 +120,8 @@ class Heartbeats:
         if before is None or after is None:  # the store is gone, and rank 0, whose it was, with it
             return self._first, [0] if self.rank else []
         others = (rank for rank in range(self.num_ranks) if rank != self.rank)
-        silent = [rank for rank in others if before.get(rank) == after.get(rank)]
-        return after, silent
+        self._silent = [rank for rank in others if before.get(rank) == after.get(rank)]
+        return after, self._silent
 
     def is_one_gone(self) -> bool:
         """Whether a rank has been silent for `GONE_S`, or some rank has left a reason to end.

@@ -2,14 +2,17 @@
 
 import contextlib
 import gc
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra.errors import InstantiationException
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import launch.train
 from launch import ranks, runtime
@@ -171,3 +174,49 @@ def test_signal_to_a_command_is_told_of_its_own_run_only(
         run.write_status(state, "as it is")
     assert ranks._code_after_signal(run, status, "SIGTERM", owns_run) == code
     assert run.status["state"] == left
+
+
+@pytest.mark.parametrize("owns_run", [True, False])
+@pytest.mark.parametrize(
+    ("facts", "exitcode", "code"),
+    [
+        ({"state": "done"}, -9, runtime.DONE),
+        ({"state": "preempted", "asks_requeue": True}, -11, runtime.PREEMPTED),
+        ({"state": "preempted"}, -9, runtime.FAILED),  # rank 0 alone, since the other was killed
+        ({"state": "running"}, -9, runtime.FAILED),
+        ({"state": "done"}, 1, runtime.FAILED),  # it has said what is still wrong
+        (None, -9, runtime.FAILED),  # done, but that was an earlier launch
+    ],
+)
+def test_rank_killed_when_all_was_saved_is_no_failure(
+    tmp_path, monkeypatch, facts, exitcode, code, owns_run
+):
+    run = RunDirectory(tmp_path)
+    run.write_status("done", "an earlier launch")
+
+    def launch(*config):
+        def end(*command):
+            if facts:
+                run.write_status(**facts)
+            failure = SimpleNamespace(exitcode=exitcode, timestamp=0)
+            raise ChildFailedError("rank", {1: failure})
+
+        return end
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", launch)
+    monkeypatch.setattr(ChildFailedError, "format_msg", lambda error: "")
+    command = ["-P", "-m", "launch.rank" if owns_run else "launch.train"]
+    given = ranks._run_agent(run, command, {}, min_nodes=1, max_nodes=1, nproc_per_node=2)
+    assert given == (code if owns_run else runtime.FAILED)
+    assert (run.status["state"] == "failed") == (given == runtime.FAILED)
+
+
+def test_rank_whose_agent_is_gone_does_not_begin(tmp_path):
+    rank = [sys.executable, "-m", "launch.rank", str(tmp_path / "none")]
+    environment = {**os.environ, ranks.AGENT: "1"}
+    ended = subprocess.run(rank, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (1, "")
+    own = subprocess.run(
+        rank, env=environment | {ranks.AGENT: str(os.getpid())}, capture_output=True, text=True
+    )
+    assert "config.yaml" in own.stderr  # it begins, and there is no run

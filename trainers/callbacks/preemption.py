@@ -110,6 +110,10 @@ class Preemption(Callback):
             is_left_behind=asked == ["SIGTERM"] and self.signal_name is None,
         )
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All is trained and saved: hear no more, before Lightning gives its own handlers back."""
+        self.ending()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give back the handlers of before Lightning and this callback."""
         self._give_back()

@@ -26,7 +26,7 @@ WAITS_S = 30.0
 """Seconds without progress after which a rank looks whether another one is gone."""
 
 FAREWELL_S = 5.0
-"""For the others to read the reason: the store may end with the process of rank 0."""
+"""Most seconds for the others to read the reason: the store may end with rank 0's process."""
 
 TELLING_S = 20.0
 """For printing and writing why, on what may be the cause: a file system that does not answer."""
@@ -145,18 +145,20 @@ class Watchdog(Callback):
     ) -> None:
         """Tell the other ranks, or find out what happened to them, and stop watching."""
         if isinstance(exception, Exception) and not isinstance(exception, PreemptedError):
-            self._explain(trainer, exception)
+            with suppress(OSError):  # a full disk: what other callbacks do at the end matters more
+                self._explain(trainer, exception)
+            self._beats.stay_until_heard(FAREWELL_S)
         self._has_ended.set()
 
     def _explain(self, trainer: Trainer, error: Exception) -> None:
         if isinstance(error, GivenUpError) and (reason := self._beats.wait_to_be_told()):
             self.report(reason, self._step)
             return
-        if _is_lost_connection(error):
-            if reason := self._find_cause(is_late="timed out" in str(error).lower()):
-                self._beats.tell(reason)
-                print(f"error: {reason}", file=sys.stderr, flush=True)
-                self.report(reason, self._step)
+        is_late = "timed out" in str(error).lower()
+        if _is_lost_connection(error) and (reason := self._find_cause(is_late)):
+            self._beats.tell(reason)
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+            self.report(reason, self._step)
             return
         reason = str(error)
         if not isinstance(error, FloatingPointError):  # which all ranks find together
@@ -225,8 +227,7 @@ class Watchdog(Callback):
         telling = threading.Thread(target=self._say, args=[reason, frame], daemon=True)
         telling.start()
         telling.join(TELLING_S)
-        if self._beats.rank == 0 and self._beats.num_ranks > 1:
-            time.sleep(FAREWELL_S)
+        self._beats.stay_until_heard(FAREWELL_S)
         os._exit(1)
 
     def _say(self, reason: str, frame: FrameType | None) -> None:
