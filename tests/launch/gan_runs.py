@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten_with_path, tree_map_only
 
 from launch.run_directory import RunDirectory
 from trainers.checkpoint import load_weights, open_checkpoint
@@ -55,8 +55,8 @@ def differing(one: RunDirectory, other: RunDirectory) -> set[str]:
     mine, theirs = weights(one), weights(other)
     found = {name for name in mine if not torch.equal(mine[name], theirs[name])}
     found |= mine.keys() ^ theirs.keys()
-    states = [tree_leaves(optimizers(run)) for run in (one, other)]
-    if not all(_is_same(*pair) for pair in zip(*states, strict=True)):
+    here, there = (dict(tree_flatten_with_path(optimizers(run))[0]) for run in (one, other))
+    if here.keys() != there.keys() or not all(_is_same(here[k], there[k]) for k in here):
         found.add("optimizers")
     return found | ({"rows"} if rows(one) != rows(other) else set())
 

@@ -12,9 +12,10 @@ from trainers.checkpoint import (
     read_manifest,
     verify,
 )
-from trainers.checkpoint_parts import without_credentials
+from trainers.checkpoint_parts import flatten, without_credentials
 from trainers.checkpoint_writer import CheckpointDirectory
 from trainers.durable_files import write_atomically
+from trainers.stored_tensors import Run
 
 
 def test_checkpoint_comes_back_as_it_was(content, saved):
@@ -160,3 +161,12 @@ def test_keys_of_file_systems_stay_at_home():
     assert without_credentials(config) == {
         "corpus": {"storage_options": "(left out)", "sources": [{"storage_options": {}}]}
     }
+
+
+def test_tensors_are_written_in_the_order_in_which_the_optimizer_has_them():
+    """Sets of names have another order in each process."""
+    keys = [f"average_{number}" for number in range(20)]
+    state = {key: Run.whole(torch.ones(2)) for key in keys} | {"step": 3}
+    runs, _, rest = flatten({"state_dict": {}, "optimizer_states": [{"state": {"weight": state}}]})
+    assert [*runs] == [f"optimizer.0/{key}/weight" for key in keys]
+    assert rest["optimizer_states"][0]["state"] == {"weight": {"step": 3}}
