@@ -105,7 +105,7 @@ class Uploads:
         Raises:
             StoreError: One could not be uploaded.
         """
-        self._push_files(SMALL_FILES)
+        self._write(self._read(SMALL_FILES))
 
     def _work(self) -> None:
         while not self._is_ending.is_set() or self._news.is_set():
@@ -115,6 +115,7 @@ class Uploads:
                 self.push()
 
     def _push(self) -> None:
+        progress = self._read(PROGRESS)  # before `last`: what is said to be done must be there
         folders, pointers = self._hold_newest()
         if not folders:
             self.push_small_files()
@@ -124,7 +125,7 @@ class Uploads:
         write_synced(self.run.path, self.store.url, theirs)  # from here on this disk is ahead of it
         for folder in folders:
             self._upload_checkpoint(folder, may_differ=folder.name == theirs)
-        self._push_files(name for name in SMALL_FILES if name not in PROGRESS)
+        self._write(self._read(name for name in SMALL_FILES if name not in PROGRESS))
         self._push_samples()
         for name, text in pointers.items():
             if text is None:
@@ -134,14 +135,17 @@ class Uploads:
         self._known.add(ours)
         self.store.write(f"{CHECKPOINTS}/last", f"{ours}\n".encode())
         write_synced(self.run.path, self.store.url, ours)
-        self._push_files(PROGRESS)
+        self._write(progress)
         if self._upload_older({folder.name for folder in folders}):
             self._forget_old([folder.name for folder in folders])
 
-    def _push_files(self, names: Iterable[str]) -> None:
-        for name in names:
-            if (path := self.run.path / name).exists():
-                self.store.write(name, path.read_bytes())
+    def _read(self, names: Iterable[str]) -> dict[str, bytes]:
+        paths = {name: self.run.path / name for name in names}
+        return {name: path.read_bytes() for name, path in paths.items() if path.exists()}
+
+    def _write(self, files: dict[str, bytes]) -> None:
+        for name, content in files.items():
+            self.store.write(name, content)
 
     def _push_samples(self) -> None:
         samples = self.run.path / "samples"

@@ -23,6 +23,9 @@ GONE_S = 60.0
 """A rank that gives no sign of life for so long while others wait does not come back: its machine
 may have vanished without a word, and collectives would wait for it as long as they may."""
 
+LOOKS = 8
+"""A silence is as many short ones: a machine that pauses, and all ranks with it, skips one only."""
+
 STORE_TIMEOUT_S, POLL_S = 10.0, 0.1
 
 LIBRARIES = (f"{os.sep}site-packages{os.sep}", os.path.dirname(threading.__file__), "<frozen")
@@ -115,7 +118,8 @@ class Heartbeats:
         if self._store is None:
             return {}, []
         before = self._ask(self._read)
-        time.sleep(SILENCE_S)
+        for _ in range(LOOKS):
+            time.sleep(SILENCE_S / LOOKS)
         after = self._ask(self._read)
         if before is None or after is None:  # the store is gone, and rank 0, whose it was, with it
             return self._first, [0] if self.rank else []

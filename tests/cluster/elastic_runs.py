@@ -30,8 +30,10 @@ OVERRIDES = [
     "module.optimizer.name=sgd",
     "module.optimizer.lr=0.05",
 ]
-QUICK = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
-"""What torch's agents are told, so that tests need not wait for its usual 30 and 15 seconds."""
+QUICK = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=15"
+"""What torch's agents are told, so that tests need not wait for its usual 30 seconds.
+
+An agent whose machine pauses for longer than that is lost to those that join."""
 
 
 class ElasticRun(Run):

@@ -35,7 +35,7 @@ def come_to(run, *sizes):
 def test_killed_rank_of_our_own_command_is_started_anew(tmp_path, small_settings, undisturbed):
     run = ElasticRun(tmp_path, small_settings)
     run.linger(0.3)
-    run.start("here", *run.command, "trainer.devices=2", "cluster.max_restarts=1")
+    run.start("here", *run.command, "trainer.devices=2", "cluster.max_restarts=2")
     run.wait_until(lambda: run.step >= 7, "step 7")
     run.ranks("here")[0].kill()
     come_to(run, 2, 2)

@@ -63,7 +63,7 @@ def wait_for_instant(process, run_path, wait):
     stepping = time.monotonic()
     wait(process, run_path, step + advance)
     seconds_per_step = (time.monotonic() - stepping) / (advance - 1)
-    time.sleep(random.uniform(0, seconds_per_step))
+    time.sleep(random.uniform(0, min(seconds_per_step, 0.5)))
     return stepping - began
 
 

@@ -1,5 +1,6 @@
 """Runs in object stores: when they are uploaded, and which side is continued."""
 
+import json
 import shutil
 import threading
 
@@ -129,6 +130,26 @@ def test_checkpoint_deleted_while_it_is_uploaded_arrives_whole(run, tmp_path, mo
     assert order == ["step-00000010", "step-00000030", "step-00000020"]
     assert steps(pull(tmp_path / "other")) == [30]
     assert not (run.path / ".uploading").exists()
+
+
+def test_store_never_says_more_than_it_has(run, monkeypatch):
+    """A run that ends while an older checkpoint is uploaded is not done there before the last."""
+    put = FailingStore.put_file
+
+    def slow(self, lpath, rpath, **options):
+        if "step-00000010" in rpath and run.status["state"] == "running":
+            run.save(20)
+            run.write_status("done")
+        put(self, lpath, rpath, **options)
+
+    monkeypatch.setattr(FailingStore, "put_file", slow)
+    run.write_status("running")
+    run.save(10)
+    uploads, store = Uploads(run, ObjectStore(URL)), ObjectStore(URL)
+    for last, state in ((10, "running"), (20, "done")):
+        uploads.push()
+        assert store.read("checkpoints/last") == f"step-{last:08d}\n".encode()
+        assert json.loads(store.read("status.json"))["state"] == state
 
 
 def test_failed_upload_is_told_of_and_made_up_for_by_the_next(run, capfd):

@@ -65,6 +65,23 @@ def test_ranks_without_a_sign_of_life_are_found(three_ranks, monkeypatch):
     assert three_ranks[0].listen()[1] == [2]
 
 
+def test_pause_of_the_whole_machine_is_no_silence(three_ranks, monkeypatch):
+    """It takes one of several short waits, in whose rest the other rank is heard."""
+    waits = []
+
+    def pause(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            three_ranks[1].publish(record([1, 0], beat=2))
+
+    for beats in three_ranks:
+        beats.publish(record([1, 0]))
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=pause)
+    monkeypatch.setattr(heartbeats, "time", clock)
+    assert three_ranks[0].listen()[1] == [2]
+    assert sum(waits) == pytest.approx(heartbeats.SILENCE_S)
+
+
 def test_rank_zero_is_blamed_when_the_store_is_gone_with_it(three_ranks):
     for beats in three_ranks:
         beats.publish(record([1, 0]))
