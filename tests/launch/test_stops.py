@@ -20,6 +20,8 @@ from trainers.metrics import read_metrics
 from trainers.slowest_rank import SLOW
 
 AT_STEP = """
+import os
+import signal
 import time
 from lightning.pytorch import Callback
 
@@ -29,6 +31,10 @@ class AtStep(Callback):
         if batch_idx == 5:
             served.is_given.set()
             assert served.is_seen.wait(timeout=60)
+
+class StopAtTheEnd(Callback):
+    def teardown(self, trainer, pl_module, stage):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 class SlowOnRankOne(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -157,3 +163,13 @@ def test_job_is_to_start_again_unless_it_was_cancelled():
 def test_impossible_request_to_stop_is_refused(override, message, small_run, compose):
     with pytest.raises(ValueError, match=message):
         check_values(compose("train", [*small_run, override]))
+
+
+def test_request_to_stop_what_has_trained_to_its_end_asks_for_nothing(
+    small_run, start, own_callback
+):
+    """Lightning has given its handlers back by then, and ours have not been."""
+    process = start(*small_run, "max_steps=2", own_callback("StopAtTheEnd"))
+    printed = process.communicate()[0]
+    assert process.returncode == runtime.DONE, printed
+    assert "small: done: trained 2 steps" in printed
