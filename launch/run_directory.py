@@ -22,7 +22,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from launch.resume_rules import check_resume, drops_optimizer, refuse_changes
-from trainers.durable_files import write_atomically
+from trainers.durable_files import no_room, write_atomically
 
 TOKENIZERS = ("tokenizer.json", "target_tokenizer.json")
 """Of what a model reads, and of what it writes where that is another."""
@@ -86,8 +86,8 @@ class RunDirectory:
                 self.write_status("preempted", f"{error} before the first step")
             raise
         except Exception as error:
-            status, reason = self.status, str(error.__cause__ or error) or type(error).__name__
-            state, step = status.get("state"), status.get("step", 0)
+            reason = no_room(error) or str(error.__cause__ or error) or type(error).__name__
+            state, step = (status := self.status).get("state"), status.get("step", 0)
             if rank != "0" and state in ("starting", "running"):
                 self.write_failure(f"rank {rank} on {gethostname()} failed: {reason}", step)
             if rank == "0" and (state == "starting" or status.get("reason", "").endswith(reason)):
@@ -119,7 +119,7 @@ class RunDirectory:
                     self.write_status("preempted", f"{error} before the first step")
                 else:
                     state = "preempted" if isinstance(error, StoppedError) else "failed"
-                    write(state, f"{type(error).__name__}: {error}")
+                    write(state, no_room(error) or f"{type(error).__name__}: {error}")
             raise
 
     def _describe_start(self, path: Path | None, drops_optimizer: bool) -> str:

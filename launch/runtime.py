@@ -1,7 +1,6 @@
 """The process around a verb: configuration, errors, ranks and exit codes."""
 
 import difflib
-import errno
 import logging
 import os
 import re
@@ -27,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from launch.run_directory import StoppedError
+from trainers.durable_files import no_room
 
 DONE, FAILED, PREEMPTED = 0, 1, 75
 LEFT_BEHIND = 76  # between functions only: preempted, since ranks of other nodes were
@@ -38,7 +38,6 @@ _TOGETHER = (
     "datamodule=pairs or denoising, module=gan with datamodule=images"
 )
 _stops = SimpleNamespace(are_heard=True)  # no lock: a handler may come between
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 Verb = Callable[[DictConfig], int | None]
@@ -168,8 +167,8 @@ def explain(error: BaseException, config_name: str) -> str | None:
         is_wrapped = isinstance(chain, InstantiationException) and chain.__cause__
         if str(chain).count(" -> ") >= 2 and not is_wrapped:
             return str(chain)
-        if isinstance(chain, OSError) and chain.errno in NO_ROOM:
-            return f"{chain.filename or 'runs_dir'} -> {chain} -> make room, then the same command"
+        if message := no_room(chain):
+            return message
         chain = chain.__cause__ or chain.__context__
     text = str(error)
     if found := re.search(r"Could not find '([^']+)'", text):

@@ -20,6 +20,8 @@ SMALL_FILES = (
 PROGRESS = ("status.json", "summary.json")
 """Those of them that say how far the run is."""
 
+OTHERS = tuple(name for name in SMALL_FILES if name not in PROGRESS)
+
 CHECKPOINTS, MANIFEST, POINTERS = "checkpoints", "manifest.json", ("best", "went_back")
 STEP = re.compile(r"step-\d+")
 

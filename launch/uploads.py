@@ -20,6 +20,7 @@ from launch.signals import undisturbed
 from launch.stored_files import (
     CHECKPOINTS,
     MANIFEST,
+    OTHERS,
     POINTERS,
     PROGRESS,
     SMALL_FILES,
@@ -118,14 +119,14 @@ class Uploads:
         progress = self._read(PROGRESS)  # before `last`: what is said to be done must be there
         folders, pointers = self._hold_newest()
         if not folders:
-            self.push_small_files()
+            self._write(self._read(OTHERS) | progress)
             return
         theirs, ours = read_last_of(self.store), folders[0].name
         self._note_other_writer(theirs)
         write_synced(self.run.path, self.store.url, theirs)  # from here on this disk is ahead of it
         for folder in folders:
             self._upload_checkpoint(folder, may_differ=folder.name == theirs)
-        self._write(self._read(name for name in SMALL_FILES if name not in PROGRESS))
+        self._write(self._read(OTHERS))
         self._push_samples()
         for name, text in pointers.items():
             if text is None:

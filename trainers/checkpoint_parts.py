@@ -68,8 +68,9 @@ def flatten(
         small: dict[Any, dict[str, Any]] = {}
         for name, values in saved["state"].items():
             small[name] = {k: v for k, v in values.items() if not isinstance(v, Run)}
-            for key in (key for key in values if key not in small[name]):  # in a stable order
-                runs[f"{OPTIMIZER}.{index}/{key}/{name}"] = values[key]
+            for key, value in values.items():
+                if isinstance(value, Run):
+                    runs[f"{OPTIMIZER}.{index}/{key}/{name}"] = value
         states.append({**saved, "state": small})
     for name, run in runs.items():
         if run.values.dtype not in NAMES:

@@ -1,9 +1,19 @@
 """Small files that a crash leaves old or new, names that survive it, and digests."""
 
+import errno
 import hashlib
 import os
 from pathlib import Path
 from typing import Any
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def no_room(error: BaseException) -> str | None:
+    """The message for the error of a disk that is full; None for any other."""
+    if not isinstance(error, OSError) or error.errno not in NO_ROOM:
+        return None
+    return f"{error.filename or 'runs_dir'} -> {error} -> make room, then the same command"
 
 
 def write_synced(path: Path, content: bytes) -> None:

@@ -1,9 +1,11 @@
 """What tests of GAN runs share: all that a run leaves, to compare two of them by."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_map_only
 
@@ -23,6 +25,24 @@ STATEFUL = [
     "module.optimizer.lr={start: 0.002, end: 0.001, images: null, shape: cosine}",
 ]
 """Overrides of a GAN with all that has a state: statistics, dropout, an average, augmentation."""
+
+
+class Hold(Callback):
+    """Keeps a launch that begins with the first step at another, for whoever is to kill it."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let one that continues go on."""
+        self.holds = trainer.global_step == 0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Wait until it is killed."""
+        if self.holds and batch_idx + 1 == self.step:
+            time.sleep(600)
 
 
 def _last(run: RunDirectory) -> Path:

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -106,14 +107,17 @@ def test_gan_that_lost_its_optimizers_is_another(whole, resume, monkeypatch):
 
 
 @pytest.mark.slow  # a GPT that is killed is in every day's tests
-def test_killed_gan_ends_with_the_same_bits(settings, train, start, tmp_path):
-    long = [*settings, f"runs_dir={tmp_path}", "max_steps=80", "checkpoints.every_steps=5"]
+def test_killed_gan_ends_with_the_same_bits(settings, train, start, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    long = [*settings, f"runs_dir={tmp_path}", "max_steps=40", "checkpoints.every_steps=5"]
     whole = train(*long, "run.name=whole")
+    long += ["run.name=killed", "+trainer.callbacks.hold={_target_: tests.launch.gan_runs.Hold}"]
+    long += ["+trainer.callbacks.hold.step=30"]
     step = random.randint(6, 25)
     print(f"killed after step {step}")
-    process = start(*long, "run.name=killed", "datamodule.num_workers=2")
+    process = start(*long, "datamodule.num_workers=2")
     start.wait(process, tmp_path / "killed", step)
     process.kill()
     process.wait()
     assert RunDirectory(tmp_path / "killed").status["state"] == "running"
-    assert not differing(whole, train(*long, "run.name=killed"))
+    assert not differing(whole, train(*long))

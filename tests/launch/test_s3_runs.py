@@ -77,10 +77,14 @@ def test_run_killed_during_uploads_ends_with_the_same_weights(
         *small_run,
         *("corpus=prepared", f"corpus.path={corpus}", f"data_dir={data}", "datamodule.window_mb=1"),
         *(f"runs_dir={RUNS}", f"local_runs_dir={local}"),
+        # Of a run that begins, the first checkpoint is in the store before there is a second.
+        "+trainer.callbacks.journal={_target_: tests.cluster.journal.Journal, "
+        f"folder: {tmp_path / 'journal'}, linger_s: 1}}",
     ]
     printed = kill_during_upload(server, lambda: start(*stored), "/weights.safetensors")
     assert "begins" in printed
     before = last_checkpoint()
+    assert before == "step-00000005"
     assert before in whole_checkpoints()
     once = reads_of_shards(server)
     assert {Path(key).parent.name for key in once} == {"train", "val"}

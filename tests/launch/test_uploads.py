@@ -152,6 +152,25 @@ def test_store_never_says_more_than_it_has(run, monkeypatch):
         assert json.loads(store.read("status.json"))["state"] == state
 
 
+def test_store_is_not_told_of_an_end_whose_checkpoint_was_not_there_yet(run, monkeypatch):
+    hold = Uploads._hold_newest
+
+    def hold_just_before_the_end(self):
+        held = hold(self)
+        run.save(20)
+        run.write_status("done")
+        return held
+
+    run.write_status("running")
+    store = ObjectStore(URL)
+    with monkeypatch.context() as patch:
+        patch.setattr(Uploads, "_hold_newest", hold_just_before_the_end)
+        Uploads(run, store).push()
+    assert json.loads(store.read("status.json"))["state"] == "running"
+    Uploads(run, store).push()
+    assert json.loads(store.read("status.json"))["state"] == "done"
+
+
 def test_failed_upload_is_told_of_and_made_up_for_by_the_next(run, capfd):
     uploads = Uploads(run, ObjectStore(URL))
     FailingStore.always = GONE

@@ -1,5 +1,6 @@
 """Signs of life that ranks leave for each other, and what is made of them when a run fails."""
 
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -239,7 +240,15 @@ def test_rank_left_alone_with_a_checkpoint_reports_why(three_dogs, monkeypatch):
     assert (first.reports, second.reports) == ([], [reason])  # rank 0 writes its own
 
 
-def test_rank_left_alone_without_a_reason_reports_that(three_dogs, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (GivenUpError("runs_dir -> why -> what"), "GivenUpError: runs_dir -> why -> what"),
+        (RuntimeError("NCCL error: invalid usage"), "RuntimeError: NCCL error: invalid usage"),
+    ],
+    ids=["a checkpoint given up", "words of a lost connection"],
+)
+def test_error_that_no_other_rank_has_a_reason_for_is_told(three_dogs, monkeypatch, error, told):
     def all_live(seconds):
         for dog in three_dogs:
             dog._beats.publish(record([1, 0], beat=2))
@@ -247,21 +256,17 @@ def test_rank_left_alone_without_a_reason_reports_that(three_dogs, monkeypatch):
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=all_live)
     monkeypatch.setattr(heartbeats, "time", clock)
     second = three_dogs[1]
-    second.on_exception(second.trainer, None, GivenUpError("runs_dir -> why -> what"))
-    assert second.reports == ["rank 1 failed at step 0: GivenUpError: runs_dir -> why -> what"]
-
-
-def test_own_error_with_the_words_of_a_lost_connection_is_told(three_dogs, monkeypatch):
-    def all_live(seconds):
-        for dog in three_dogs:
-            dog._beats.publish(record([1, 0], beat=2))
-
-    clock = SimpleNamespace(monotonic=time.monotonic, sleep=all_live)
-    monkeypatch.setattr(heartbeats, "time", clock)
-    second = three_dogs[1]
-    second.on_exception(second.trainer, None, RuntimeError("NCCL error: invalid usage"))
-    assert second.reports == ["rank 1 failed at step 0: RuntimeError: NCCL error: invalid usage"]
+    second.on_exception(second.trainer, None, error)
+    assert second.reports == [f"rank 1 failed at step 0: {told}"]
     assert three_dogs[2]._beats.told() == second.reports[0]
+
+
+def test_full_disk_is_told_with_what_to_do(three_dogs):
+    full = OSError(28, "No space left on device", "runs/small/metrics.jsonl")
+    three_dogs[1].on_exception(three_dogs[1].trainer, None, full)
+    assert re.search(
+        r"runs/small/metrics.jsonl -> .*No space.* -> make room", three_dogs[1].reports[0]
+    )
 
 
 def test_report_that_cannot_be_written_ends_nothing_else(three_dogs):

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from trainers.callbacks.preemption import PreemptedError
 from trainers.checkpoint_writer import GivenUpError
+from trainers.durable_files import no_room
 from trainers.heartbeats import Heartbeats, Record, blame, locate, name_rank
 
 BEAT_S = 1.0
@@ -162,7 +163,7 @@ class Watchdog(Callback):
             return
         reason = str(error)
         if not isinstance(error, FloatingPointError):  # which all ranks find together
-            reason = f"{type(error).__name__}: {reason}"
+            reason = no_room(error) or f"{type(error).__name__}: {reason}"
             reason = f"{self._own_name} failed at step {self._step}: {reason}"
         if self._beats.tell(reason) and trainer.global_rank > 0:  # rank 0 writes its own
             self.report(reason, self._step)
